@@ -1,0 +1,9 @@
+"""Row functions in PyTorch: from the logits of a chunk to losses, statistics and dlogits, on any device.
+
+They walk the chunk in blocks of rows so that the dozen temporaries of a block stay in the cache of a CPU
+(or in a few hundred megabytes of a GPU). All tensors are fp32, or fp64.
+"""
+
+from opsd_kernels.backends.torch.rows import RowStatistics, row_gradient_, row_loss, row_stats, slab_gradient_
+
+__all__ = ["RowStatistics", "row_gradient_", "row_loss", "row_stats", "slab_gradient_"]

@@ -1,0 +1,92 @@
+"""The two autograd functions, one per design. Only the student's tensors receive gradients."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opsd_kernels.engine import chunk_store, slab_recompute
+from opsd_kernels.engine.problem import Problem
+
+
+def reduced_loss(problem: Problem, backend: ModuleType) -> Tensor:
+    """Scalar sum of coefficient x token loss, by design A; without gradient the two logits GEMMs alone."""
+    if not _needs_gradient(problem):
+        return chunk_store.loss_only(problem, backend)
+    return _ChunkStore.apply(problem, backend, *problem.student.tensors)
+
+
+def token_loss(problem: Problem, backend: ModuleType) -> Tensor:
+    """`[n]` token losses of the live rows, by design B."""
+    if not _needs_gradient(problem):
+        return slab_recompute.forward(problem, backend).loss
+    return _SlabRecompute.apply(problem, backend, *problem.student.tensors)
+
+
+def _needs_gradient(problem: Problem) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in problem.student.tensors
+    )
+
+
+class _ChunkStore(torch.autograd.Function):
+    """Gradients are formed in the forward; the backward multiplies them by the upstream scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: ModuleType, *tensors: Tensor | None) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
+        loss, gradients = chunk_store.loss_and_gradients(problem, backend, wanted)
+        ctx.save_for_backward(problem.rows, *gradients)
+        ctx.shapes = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        rows, *gradients = ctx.saved_tensors
+        scaled = [None if x is None else x * upstream for x in gradients]
+        return None, None, *_as_inputs(scaled, rows, ctx.shapes)
+
+
+class _SlabRecompute(torch.autograd.Function):
+    """The forward saves row statistics; the backward recomputes the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: ModuleType, *tensors: Tensor | None) -> Tensor:
+        statistics = slab_recompute.forward(problem, backend)
+        ctx.problem, ctx.backend, ctx.statistics_type = problem, backend, type(statistics)
+        # Inputs are saved through autograd, which raises if one is changed in place before the backward.
+        ctx.save_for_backward(problem.rows, *tensors, *problem.teacher.tensors, *statistics)
+        return statistics.loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        rows, *rest = ctx.saved_tensors
+        tensors = rest[: len(ctx.problem.student.tensors)]
+        statistics = ctx.statistics_type(*rest[-len(ctx.statistics_type._fields) :])
+        gradients = slab_recompute.backward(
+            ctx.problem, ctx.backend, statistics, upstream, ctx.needs_input_grad[2:]
+        )
+        shapes = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        return None, None, *_as_inputs(gradients, rows, shapes)
+
+
+def _as_inputs(
+    gradients: list[Tensor | None],
+    rows: Tensor | None,
+    shapes: list[tuple[torch.Size, torch.dtype] | None],
+) -> list[Tensor | None]:
+    """Gradients in the inputs' dtypes, rounded once; the first one spread from the live rows over all N."""
+    results: list[Tensor | None] = []
+    for index, (gradient, shape) in enumerate(zip(gradients, shapes, strict=True)):
+        if gradient is None or shape is None:
+            results.append(None)
+            continue
+        gradient = gradient.to(shape[1])
+        if index == 0 and rows is not None:
+            gradient = gradient.new_zeros(shape[0]).index_copy_(0, rows, gradient)
+        results.append(gradient)
+    return results

@@ -1,0 +1,79 @@
+"""What is minimised at one token: a divergence between student and teacher, and its clips."""
+
+import difflib
+from dataclasses import dataclass
+
+from opsd_kernels import divergences
+
+CLIP_MODES = ("zero", "scale")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Token loss L = sum_v min(l_v, entry_clip), then min(L, token_clip).
+
+    Args:
+        divergence: a name of `divergences.def`: `"forward_kl"` is KL(t || s), `"reverse_kl"` is KL(s || t),
+            `"jsd"` is beta KL(t || m) + (1 - beta) KL(s || m) with m = beta t + (1 - beta) s.
+        beta: the teacher's share of m, in [0, 1]. As in GKD (arXiv 2306.13649) and OPSD, 0 stands for forward
+            KL and 1 for reverse KL, where the formula itself would vanish.
+        entry_clip: tau, an upper bound of the *signed* term l_v of each vocabulary entry, applied before the
+            sum (OPSD, arXiv 2601.18734; tau 0.05). The sum of a token may then be negative.
+        clip_mode: what happens to the gradient of a clipped term. `"zero"`, as published: the entry's own
+            gradient is dropped and the softmax normaliser's stays, so the entry is pushed *down*. `"scale"`:
+            the term is multiplied by tau / l_v with the factor detached, so its pull shrinks to the size of
+            tau and never flips. The value is the same. Also applies to `token_clip`.
+        token_clip: upper bound of the token's loss after the sum.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    entry_clip: float | None = None
+    clip_mode: str = "zero"
+    token_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.divergence not in divergences.table():
+            known = ", ".join(divergences.table())
+            raise ValueError(f"divergence: expected one of {known}; got {self.divergence!r}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: expected a number in [0, 1]; got {self.beta}")
+        if self.clip_mode not in CLIP_MODES:
+            raise ValueError(f"clip_mode: expected one of {', '.join(CLIP_MODES)}; got {self.clip_mode!r}")
+        for name in ("entry_clip", "token_clip"):
+            bound = getattr(self, name)
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}: expected a number above 0 or None; got {bound}")
+
+    @property
+    def term(self) -> divergences.Divergence:
+        """The table's line that is evaluated: a JSD at beta 0 or 1 is a KL divergence."""
+        name = self.divergence
+        if name == "jsd" and self.beta in (0, 1):
+            name = "forward_kl" if self.beta == 0 else "reverse_kl"
+        return divergences.table()[name]
+
+
+_NAMED = {
+    "forward_kl": Objective("forward_kl"),
+    "reverse_kl": Objective("reverse_kl"),
+    "jsd": Objective("jsd", beta=0.5),
+    "opsd": Objective("forward_kl", entry_clip=0.05),
+}
+
+
+def named_objectives() -> dict[str, Objective]:
+    """Every objective that `loss(objective=...)` takes by name."""
+    return dict(_NAMED)
+
+
+def get_objective(objective: str | Objective) -> Objective:
+    """The objective itself, or the one of that name; ValueError lists the names."""
+    if isinstance(objective, Objective):
+        return objective
+    if objective in _NAMED:
+        return _NAMED[objective]
+    close = difflib.get_close_matches(str(objective), _NAMED, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    expected = f"an Objective or one of {', '.join(_NAMED)}"
+    raise ValueError(f"objective: expected {expected}; got {objective!r}{hint}")
