@@ -183,6 +183,7 @@ class _Call:
         validation.check_positive("temperature", temperature)
         if workspace_bytes is not None:
             validation.check_positive("workspace_bytes", workspace_bytes)
+            workspace_bytes = int(workspace_bytes)  # 2e9 is a natural way to write it
         return cls(s, t, vocab, mask, temperature, workspace_bytes)
 
     def backend(self, asked: str) -> tuple[str, ModuleType]:

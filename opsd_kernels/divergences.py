@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("divergences.def")
-LETTERS = ("s", "t", "m", "d", "rs", "rt", "beta")
+LETTERS = ("s", "t", "d", "rs", "rt", "beta")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Divergence:
 
     @property
     def uses_mixture(self) -> bool:
-        """Whether any expression needs m, rs or rt, which cost a logarithm per entry."""
-        return any(re.search(r"\b(m|rs|rt)\b", source) for source in (self.value, self.slack, self.weight))
+        """Whether any expression needs rs or rt, which cost a logarithm per entry."""
+        return any(re.search(r"\b(rs|rt)\b", source) for source in (self.value, self.slack, self.weight))
 
 
 @cache

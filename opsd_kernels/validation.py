@@ -54,9 +54,14 @@ def check_pair(student: Source, teacher: Source) -> None:
             f"teacher: expected the student's token dimensions {tuple(student.lead)}; "
             f"got {tuple(teacher.lead)}"
         )
-    (first, *others) = [x for x in (*student.tensors, *teacher.tensors) if x is not None]
-    for tensor in others:
-        _check_device("student and teacher tensors", tensor, first.device)
+    named = [
+        (f"{side}.{field}", value)
+        for side, source in (("student", student), ("teacher", teacher))
+        for field, value in vars(source).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    for name, tensor in named:
+        _check_device(name, tensor, named[0][1].device)
     rows = teacher.hidden if isinstance(teacher, Hidden) else teacher.z
     if rows.requires_grad:
         raise ValueError(

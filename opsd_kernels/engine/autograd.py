@@ -14,14 +14,16 @@ from opsd_kernels.engine.problem import Problem
 def reduced_loss(problem: Problem, backend: ModuleType) -> Tensor:
     """Scalar sum of coefficient x token loss, by design A; without gradient the two logits GEMMs alone."""
     if not _needs_gradient(problem):
-        return chunk_store.loss_only(problem, backend)
+        with torch.no_grad():  # a tensor of the teacher's may still be a parameter
+            return chunk_store.loss_only(problem, backend)
     return _ChunkStore.apply(problem, backend, *problem.student.tensors)
 
 
 def token_loss(problem: Problem, backend: ModuleType) -> Tensor:
     """`[n]` token losses of the live rows, by design B."""
     if not _needs_gradient(problem):
-        return slab_recompute.forward(problem, backend).loss
+        with torch.no_grad():
+            return slab_recompute.forward(problem, backend).loss
     return _SlabRecompute.apply(problem, backend, *problem.student.tensors)
 
 

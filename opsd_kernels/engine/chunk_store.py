@@ -69,7 +69,7 @@ def loss_and_gradients(
         z_s, z_t = chunks.logits(span)
         coefficient = _coefficient(problem, span)
         losses = backend.row_gradient_(z_s, z_t, problem.objective, coefficient * chunks.student.slope)
-        loss += losses @ coefficient
+        loss += (losses * coefficient).sum()  # autocast would round the operands of `@`
         chunks.student.through_cap_(z_t, z_s)
         gradients.add_(chunks.student, z_t, span)
     return loss, gradients.as_list()
@@ -81,7 +81,7 @@ def loss_only(problem: Problem, backend: ModuleType) -> torch.Tensor:
     loss = torch.zeros((), dtype=problem.dtype, device=problem.device)
     for span in chunks.spans:
         losses = backend.row_loss(*chunks.logits(span), problem.objective).loss
-        loss += losses @ _coefficient(problem, span)
+        loss += (losses * _coefficient(problem, span)).sum()
     return loss
 
 

@@ -97,13 +97,14 @@ class Projection:
 def prepare_pair(
     student: Source, teacher: Source, rows: torch.Tensor | None, temperature: float, dtype: torch.dtype
 ) -> tuple[Projection, Projection]:
-    """Student's and teacher's projection; a head that both use is cast once."""
+    """Student's and teacher's projection; a head that both use, sliced or detached perhaps, is cast once."""
     first = Projection.prepare(student, rows, temperature, dtype)
     if (
         isinstance(student, Hidden)
         and isinstance(teacher, Hidden)
         and isinstance(first.source, Hidden)
-        and teacher.weight is student.weight
+        and teacher.weight.dtype == student.weight.dtype
+        and teacher.weight.is_set_to(student.weight)
     ):
         teacher = teacher.with_tensors(teacher.hidden, first.source.weight, teacher.bias)
     return first, Projection.prepare(teacher, rows, temperature, dtype)

@@ -1,4 +1,4 @@
-"""Design B: the forward keeps five numbers a row, the backward recomputes logits by slabs of the vocabulary.
+"""Design B: the forward keeps seven numbers a row, the backward recomputes logits by slabs of the vocabulary.
 
 Six GEMMs instead of four, for per-token losses whose upstream gradients are only known in the backward.
 """
@@ -49,7 +49,8 @@ def backward(
     ]
     buffers = torch.empty(2, n * width, **like)
     for columns in plan.spans(problem.vocab, width):
-        z_s, z_t = buffers[:, : n * (columns.stop - columns.start)].view(2, n, -1)
+        slab = columns.stop - columns.start
+        z_s, z_t = buffers[:, : n * slab].view(2, n, slab)
         student.logits_(z_s, ALL, columns)
         teacher.logits_(z_t, ALL, columns)
         backend.slab_gradient_(z_s, z_t, problem.objective, statistics, upstream * student.slope)

@@ -46,7 +46,8 @@ def logits(source: Source, rows: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(source, Hidden):
         return first
     bias = None if source.bias is None else source.bias.to(dtype)
-    z = F.linear(first, source.weight.to(dtype), bias) * source.logit_scale
+    with torch.autocast(first.device.type, enabled=False):
+        z = F.linear(first, source.weight.to(dtype), bias) * source.logit_scale
     return z if source.softcap is None else source.softcap * torch.tanh(z / source.softcap)
 
 
@@ -87,7 +88,8 @@ def _clip(x: torch.Tensor, bound: float | None, mode: str) -> torch.Tensor:
         return x
     if mode == "zero":
         return x.clamp(max=bound)
-    return x * torch.where(x > bound, bound / x, 1.0).detach()
+    scaled = x * torch.where(x > bound, bound / x, 1.0).detach()
+    return torch.where(x == torch.inf, bound, scaled)
 
 
 def _clipped_fraction(terms: torch.Tensor, objective: Objective) -> torch.Tensor:

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from opsd_kernels.backends.torch.terms import Entries
+from opsd_kernels.backends.torch.terms import INFINITE_LOSS, LOG_ZERO, Entries, log_probs
 from opsd_kernels.objectives import Objective
 
-BLOCK_BYTES = {"cpu": 2 << 20}
+BLOCK_BYTES = {"cpu": 1 << 20}
 DEFAULT_BLOCK_BYTES = 64 << 20
 
 
@@ -17,10 +17,14 @@ class RowStatistics(NamedTuple):
 
     loss: torch.Tensor
     """Loss of the token, clips applied."""
-    lse_s: torch.Tensor
-    """log sum exp of the student's logits."""
-    lse_t: torch.Tensor
-    """log sum exp of the teacher's logits."""
+    top_s: torch.Tensor
+    """Student's largest logit."""
+    top_t: torch.Tensor
+    """Teacher's largest logit."""
+    log_sum_s: torch.Tensor
+    """log sum exp(z_s - top_s). Not added to top_s: rounding their sum would scale every probability."""
+    log_sum_t: torch.Tensor
+    """log sum exp(z_t - top_t)."""
     total: torch.Tensor
     """sum_v a_v."""
     scale: torch.Tensor
@@ -31,11 +35,12 @@ def row_loss(z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective) -> RowS
     """Statistics of the rows of `z_s` and `z_t` `[C, V]`, which are left as they are."""
     parts = []
     for rows in _blocks(z_s):
-        ls, lt = z_s[rows].log_softmax(-1), z_t[rows].log_softmax(-1)
+        ls, lt = log_probs(z_s[rows]), log_probs(z_t[rows])
         entries = Entries(ls, lt, objective)
-        loss, scale = _token_clip(entries.value.sum(-1), objective)
-        lse_s, lse_t = z_s[rows].logsumexp(-1), z_t[rows].logsumexp(-1)
-        parts.append(RowStatistics(loss, lse_s, lse_t, entries.weight.sum(-1), scale))
+        loss, scale = _token_loss(entries)
+        tops = z_s[rows].amax(-1), z_t[rows].amax(-1)
+        log_sums = -ls.amax(-1), -lt.amax(-1)
+        parts.append(RowStatistics(loss, *tops, *log_sums, entries.weight.sum(-1), scale))
     return RowStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -55,8 +60,8 @@ def row_gradient_(
     """
     losses = []
     for rows in _blocks(z_s):
-        entries = Entries(z_s[rows].log_softmax(-1), z_t[rows].log_softmax(-1), objective)
-        loss, scale = _token_clip(entries.value.sum(-1), objective)
+        entries = Entries(log_probs(z_s[rows]), log_probs(z_t[rows]), objective)
+        loss, scale = _token_loss(entries)
         losses.append(loss)
         total = entries.weight.sum(-1)
         _write_gradient(z_t[rows], entries, total, scale * coefficient[rows])
@@ -72,8 +77,8 @@ def slab_gradient_(
 ) -> None:
     """As `row_gradient_` for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
     for rows in _blocks(z_s):
-        ls = z_s[rows] - statistics.lse_s[rows, None]
-        lt = z_t[rows] - statistics.lse_t[rows, None]
+        ls = _log_probs_of_slab(z_s[rows], statistics.top_s[rows], statistics.log_sum_s[rows])
+        lt = _log_probs_of_slab(z_t[rows], statistics.top_t[rows], statistics.log_sum_t[rows])
         entries = Entries(ls, lt, objective)
         scale = statistics.scale[rows] * coefficient[rows]
         _write_gradient(z_t[rows], entries, statistics.total[rows], scale)
@@ -85,14 +90,14 @@ def row_stats(
     """`[C]` values of every field of `TokenStats`; `token_ids` is `[C]`."""
     parts = []
     for rows in _blocks(z_s):
-        ls, lt = z_s[rows].log_softmax(-1), z_t[rows].log_softmax(-1)
+        ls, lt = log_probs(z_s[rows]), log_probs(z_t[rows])
         divergences = ("forward_kl", "reverse_kl", "jsd")
-        part = {name: Entries(ls, lt, Objective(name)).value.sum(-1) for name in divergences}
+        part = {name: _token_loss(Entries(ls, lt, Objective(name)))[0] for name in divergences}
         ids = token_ids[rows, None]
         part["student_entropy"] = _entropy(ls)
         part["teacher_entropy"] = _entropy(lt)
-        part["student_logprob"] = ls.gather(-1, ids)[:, 0]
-        part["teacher_logprob"] = lt.gather(-1, ids)[:, 0]
+        part["student_logprob"] = _log_prob_of(ids, ls)
+        part["teacher_logprob"] = _log_prob_of(ids, lt)
         part["top1_agreement"] = (ls.argmax(-1) == lt.argmax(-1)).to(ls.dtype)
         part["clipped_fraction"] = _clipped_fraction(Entries(ls, lt, objective))
         parts.append(part)
@@ -102,8 +107,14 @@ def row_stats(
 def _blocks(z: torch.Tensor) -> Iterator[slice]:
     row_bytes = z.shape[1] * z.element_size()
     rows = max(1, BLOCK_BYTES.get(z.device.type, DEFAULT_BLOCK_BYTES) // row_bytes)
-    for start in range(0, z.shape[0], rows):
+    # No rows at all are one empty block, so that there is something to concatenate.
+    for start in range(0, max(z.shape[0], 1), rows):
         yield slice(start, min(start + rows, z.shape[0]))
+
+
+def _log_probs_of_slab(z: torch.Tensor, top: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:
+    """`log_probs` for some columns of a row, with the same roundings."""
+    return (z - top[:, None]).sub_(log_sum[:, None]).clamp_(min=LOG_ZERO)
 
 
 def _write_gradient(out: torch.Tensor, entries: Entries, total: torch.Tensor, scale: torch.Tensor) -> None:
@@ -112,8 +123,17 @@ def _write_gradient(out: torch.Tensor, entries: Entries, total: torch.Tensor, sc
     torch.mul(gradient, scale[:, None], out=out)
 
 
-def _token_clip(loss: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clipped loss, and the factor of its gradient."""
+def _divergence(entries: Entries) -> torch.Tensor:
+    """Sum over the vocabulary, before `token_clip`."""
+    loss = entries.value.sum(-1)
+    loss = torch.where(loss > INFINITE_LOSS, torch.inf, loss)
+    # Without a clip a divergence is below 0 by rounding only.
+    return loss.clamp_(min=0) if entries.objective.entry_clip is None else loss
+
+
+def _token_loss(entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token's loss with its clips, and the factor of its gradient by `token_clip`."""
+    loss, objective = _divergence(entries), entries.objective
     bound = objective.token_clip
     if bound is None:
         return loss, torch.ones_like(loss)
@@ -121,9 +141,13 @@ def _token_clip(loss: torch.Tensor, objective: Objective) -> tuple[torch.Tensor,
     return loss.clamp(max=bound), torch.where(loss > bound, kept, 1.0)
 
 
+def _log_prob_of(ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    chosen = log_p.gather(-1, ids)[:, 0]
+    return torch.where(chosen <= LOG_ZERO, -torch.inf, chosen)
+
+
 def _entropy(log_p: torch.Tensor) -> torch.Tensor:
-    p = log_p.exp()
-    return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def _clipped_fraction(entries: Entries) -> torch.Tensor:
@@ -136,6 +160,6 @@ def _clipped_fraction(entries: Entries) -> torch.Tensor:
         share = positive.clamp_(max=objective.entry_clip).sum(-1) / total
         kept = torch.where(total > 0, share, 1.0)
     if objective.token_clip is not None:
-        token = entries.value.sum(-1)
+        token = _divergence(entries)
         kept = torch.where(token > objective.token_clip, kept * objective.token_clip / token, kept)
     return 1 - kept

@@ -9,13 +9,26 @@ from opsd_kernels.divergences import compile_expression
 from opsd_kernels.objectives import Objective
 
 
+# Stands in for a log-probability of -inf. Finite, so that 0 log 0 is 0 and equal exclusions differ by 0, without
+# a comparison per entry; so low that a divergence which is infinite exceeds every finite one (`INFINITE_LOSS`).
+LOG_ZERO = -3e38
+INFINITE_LOSS = 1e10
+# Below this log-ratio the student's part of the mixture is less than one rounding error of the teacher's.
+LOWEST_LOG_RATIO = -80.0
+
+
+def log_probs(z: torch.Tensor) -> torch.Tensor:
+    """log softmax of each row, with `LOG_ZERO` for -inf."""
+    return z.log_softmax(-1).clamp_(min=LOG_ZERO)
+
+
 def times(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """p x, and 0 where p = 0 even if x is infinite (0 log 0 = 0)."""
-    return torch.where(p == 0, 0.0, p * x)
+    """p x. The factors are finite (see `LOG_ZERO`), so 0 x is 0."""
+    return p * x
 
 
 def kl_term(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """q - p - p x for x = log(q / p), never negative.
+    """q - p - p x for x = log(q / p).
 
     p expm1(x) keeps the digits that q - p loses where p and q are close; q - p holds where expm1 overflows.
     """
@@ -32,8 +45,8 @@ class Entries:
     """Per-entry quantities of a block of rows under an objective, each `[R, V]`, computed when first read.
 
     Args:
-        ls: log s.
-        lt: log t.
+        ls: log s, from `log_probs`.
+        lt: log t, likewise.
         objective: the token loss.
     """
 
@@ -41,11 +54,9 @@ class Entries:
         self.objective = objective
         self.divergence = objective.term
         self.s, t = ls.exp(), lt.exp()
-        # A column that both exclude would give -inf - -inf; with d = 0 and s = t = 0 its every term is 0.
-        d = torch.where(ls == lt, 0.0, ls - lt)
-        mixed = self.divergence.uses_mixture
-        m, rs, rt = _mixture(self.s, t, d, objective.beta) if mixed else (None, None, None)
-        self._letters = (self.s, t, m, d, rs, rt, objective.beta)
+        d = ls - lt
+        rs, rt = _mixture(d, objective.beta) if self.divergence.uses_mixture else (None, None)
+        self._letters = (self.s, t, d, rs, rt, objective.beta)
 
     @cached_property
     def value(self) -> torch.Tensor:
@@ -82,16 +93,8 @@ class Entries:
         return _compiled(source)(*self._letters)
 
 
-def _mixture(s: torch.Tensor, t: torch.Tensor, d: torch.Tensor, beta: float) -> tuple[torch.Tensor, ...]:
-    """m = beta t + (1 - beta) s, log m - log s and log m - log t.
-
-    Relative to the larger of the two, log m is log1p(share * expm1(-|d|)): exact near d = 0, never an
-    overflow, and right where one of them is 0.
-    """
-    student_larger, gap = d > 0, d.abs()
-    share = torch.where(student_larger, d.new_tensor(beta), d.new_tensor(1 - beta))
-    to_larger = torch.log1p(torch.expm1(-gap).mul_(share))
-    to_smaller = to_larger + gap
-    rs = torch.where(student_larger, to_larger, to_smaller)
-    rt = torch.where(student_larger, to_smaller, to_larger)
-    return beta * t + (1 - beta) * s, rs, rt
+def _mixture(d: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log m - log s and log m - log t for m = beta t + (1 - beta) s, exact near d = 0."""
+    d = d.clamp(min=LOWEST_LOG_RATIO)
+    rs = torch.expm1(-d).mul_(beta).log1p_()
+    return rs, rs + d

@@ -1,0 +1,1 @@
+"""Speed, memory and gradient error of the loss, side by side: `python -m bench`."""

@@ -1,0 +1,305 @@
+"""The one tolerance rule of the tests, the eager PyTorch it compares with, and builders of cases.
+
+The rule (`assert_accurate`). The truth is the `reference` backend in fp64 on inputs that were rounded to the
+tested dtype *before* they were widened, so that rounding inputs is nobody's error. The yardstick is
+`eager_loss`: what a trainer writes in plain PyTorch, logits in the inputs' dtype, softmax and loss in fp32,
+gradient by autograd. A result passes if it
+
+1. is finite and has the expected shape (checked first: a NaN makes every comparison below false);
+2. errs in no element by more than twice eager's largest error plus 2 ulp of that element in its own dtype;
+3. errs in the L2 norm by no more than twice eager plus 2 ulp of the norm;
+4. points the right way: 1 - cosine <= 1e-6, or what rounding to the dtype can cost (8e-6 in bf16). Where eager
+   is bad (bf16 logits) this is far stricter than 2 and 3;
+5. loses no row: every row that matters has 0.9 to 1.1 of its true norm.
+
+The 2 ulp are the price of storing a result. The errors of the tokens may cancel in a scalar loss; that is luck
+and no yardstick, so there eager's error is the sum of the absolute errors of its tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from opsd_kernels.api import loss
+from opsd_kernels.objectives import Objective, get_objective
+from opsd_kernels.sources import Hidden, Logits, Source
+
+COSINE = 1e-6
+TRUTH_NOISE = 1e-15  # what fp64 makes of a zero
+Lead = int | tuple[int, ...]
+LossFunction = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `opsd_kernels.loss`: the sources and the keyword options."""
+
+    student: Source
+    teacher: Source
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype, head: torch.dtype | None = None) -> "Case":
+        """The case rounded to `dtype`, weight and bias to `head`; strides are kept."""
+        student, teacher = (_cast(x, dtype, head or dtype) for x in (self.student, self.teacher))
+        heads = [getattr(x, "weight", None) for x in (self.student, self.teacher)]
+        if isinstance(student, Hidden) and isinstance(teacher, Hidden) and heads[0] is heads[1]:
+            teacher = replace(teacher, weight=student.weight)
+        return replace(self, student=student, teacher=teacher)
+
+    def having(self, **options: Any) -> "Case":
+        """The case with more options, or other values of them."""
+        return replace(self, options={**self.options, **options})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A loss and the gradients of the student's tensors by field name; None where there is none."""
+
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+
+
+def hidden_case(
+    lead: Lead,
+    vocab: int,
+    width: int,
+    *,
+    gap: float = 0.5,
+    peak: float = 4.0,
+    bias: bool = False,
+    teacher_width: int | None = None,
+    seed: int = 0,
+    **head: Any,
+) -> Case:
+    """A case of hidden states, in fp64; student and teacher share the head unless `teacher_width` is given.
+
+    Args:
+        lead: token dimensions.
+        vocab: V.
+        width: H.
+        gap: standard deviation of z_t - z_s in nats: the teacher is the student plus noise.
+        peak: standard deviation of the logits in nats; at 4 the top token has about half of the mass.
+        bias: whether the heads have one.
+        teacher_width: H of a head of the teacher's own, which makes its logits unrelated.
+        seed: of the random numbers.
+        head: `logit_scale` and `softcap` of both.
+    """
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = (lead,) if isinstance(lead, int) else lead
+    hidden, weight = normal(*rows, width), normal(vocab, width) * (peak / math.sqrt(width))
+    student = Hidden(hidden, weight, normal(vocab) if bias else None, **head)
+    teacher = replace(student, hidden=hidden + normal(*rows, width) * (gap / peak))
+    if teacher_width is not None:
+        own = normal(vocab, teacher_width) * (peak / math.sqrt(teacher_width))
+        teacher = replace(teacher, hidden=normal(*rows, teacher_width), weight=own)
+    return Case(student, teacher)
+
+
+def logits_case(lead: Lead, vocab: int, *, gap: float = 0.5, peak: float = 4.0, seed: int = 0) -> Case:
+    """A case of logits, in fp64; `gap` and `peak` as in `hidden_case`."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = (lead,) if isinstance(lead, int) else lead
+    z = normal(*rows, vocab) * peak
+    return Case(Logits(z), Logits(z + normal(*rows, vocab) * gap))
+
+
+def upstream_of(value: torch.Tensor) -> torch.Tensor:
+    """A gradient for `value` that is random, not 1, and of both signs."""
+    generator = torch.Generator().manual_seed(value.numel())
+    random = torch.randn(value.shape, generator=generator, dtype=torch.float64) + 0.3
+    return random.to(value)
+
+
+def evaluate(function: LossFunction, case: Case, upstream: torch.Tensor | None = None) -> Outcome:
+    """Value and gradients of a loss function at a case; `upstream` defaults to `upstream_of(value)`."""
+    student, leaves = with_gradient(case.student)
+    value = function(student, case.teacher, **case.options)
+    value.backward(upstream_of(value) if upstream is None else upstream.to(value))
+    return Outcome(value.detach(), {name: leaf.grad for name, leaf in leaves.items()})
+
+
+def with_gradient(source: Source) -> tuple[Source, dict[str, torch.Tensor]]:
+    """The source over leaves that require a gradient, same memory and strides, and the leaves by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors_of(source).items()}
+    return replace(source, **leaves), leaves  # type: ignore[arg-type]
+
+
+def tensors_of(source: Source) -> dict[str, torch.Tensor]:
+    """The source's tensors by field name."""
+    return {name: x for name, x in vars(source).items() if isinstance(x, torch.Tensor)}
+
+
+def eager_loss(
+    student: Source,
+    teacher: Source,
+    *,
+    objective: str | Objective = "opsd",
+    mask: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    **unused: Any,
+) -> torch.Tensor:
+    """The loss as a trainer writes it: logits in the inputs' dtype, then fp32 (fp64 stays), then autograd.
+
+    As in trainers, columns of -inf and NaN in masked rows are not looked after.
+    """
+    ls = _eager_log_probs(student, vocab_size, temperature)
+    lt = _eager_log_probs(teacher, vocab_size, temperature).detach()
+    chosen = get_objective(objective)
+    token = _eager_clip(_eager_terms(ls, lt, chosen), chosen.entry_clip, chosen.clip_mode).sum(-1)
+    token = _eager_clip(token, chosen.token_clip, chosen.clip_mode)
+    keep = torch.ones_like(token) if mask is None else mask.to(token)
+    count = keep.sum() if denominator is None else denominator
+    if token_weight is not None:
+        keep = keep * token_weight.to(token)
+    weighted = token * keep
+    if reduction == "none":
+        return weighted
+    return weighted.sum() / count if reduction == "mean" else weighted.sum()
+
+
+def assert_accurate(
+    name: str,
+    actual: torch.Tensor | None,
+    expected: torch.Tensor,
+    eager: torch.Tensor,
+    *,
+    cosine: float = COSINE,
+) -> None:
+    """The module's rule, with `name` in every message.
+
+    Args:
+        name: what is compared.
+        actual: the result, in the dtype it is stored in.
+        expected: the truth, in fp64.
+        eager: eager PyTorch's result.
+        cosine: the least bound of 1 - cosine; pairs so close that fp32 itself has few digits need a larger one.
+    """
+    assert actual is not None, f"{name}: missing"
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    dtype, actual, eager = actual.dtype, actual.double(), eager.double()
+    error, eager_error = (actual - expected).abs(), (eager - expected).abs()
+    if error.numel() == 0 or error.max() <= TRUTH_NOISE:
+        return
+    ulp = _ulp(expected.abs(), dtype)
+    excess = error - 2 * eager_error.max() - 2 * ulp
+    assert excess.max() <= 0, (
+        f"{name}: error {error.flatten()[excess.argmax()]:.3e} at {expected.flatten()[excess.argmax()]:.6e}, "
+        f"eager's largest {eager_error.max():.3e}"
+    )
+    bound = 2 * eager_error.norm() + 2 * ulp.norm()
+    assert error.norm() <= bound, f"{name}: L2 error {error.norm():.3e}, expected at most {bound:.3e}"
+    allowed = max(cosine, (torch.finfo(dtype).eps / 2) ** 2 / 2)
+    found = one_minus_cosine(actual, expected)
+    assert found <= allowed, f"{name}: 1 - cosine {found:.3e}, expected at most {allowed:.3e}"
+    low, high = _row_ratios(actual, expected)
+    assert low >= 0.9, f"{name}: a row has {low:.3f} of its norm"
+    assert high <= 1.1, f"{name}: a row has {high:.3f} of its norm"
+
+
+def assert_case_accurate(case: Case, *, backend: str = "torch", cosine: float = COSINE) -> Outcome:
+    """The rule for the value and every gradient of a case; returns what the backend computed."""
+    actual = evaluate(partial(loss, backend=backend), case)
+    reference = partial(loss, backend="reference")
+    expected = evaluate(reference, case.to(torch.float64), upstream_of(actual.loss))
+    eager = evaluate(eager_loss, case, upstream_of(actual.loss))
+    eager_value = eager.loss
+    if case.options.get("reduction", "mean") != "none":
+        eager_value = expected.loss + _sum_of_token_errors(case)
+    assert_accurate("loss", actual.loss, expected.loss, eager_value)
+    for name, gradient in expected.gradients.items():
+        yardstick = eager.gradients[name]
+        assert gradient is not None
+        assert yardstick is not None
+        assert_accurate(f"d{name}", actual.gradients[name], gradient, yardstick, cosine=cosine)
+    return actual
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 norm of the error over that of the truth; 0 if both are zero."""
+    error, norm = (actual.double() - expected.double()).norm(), expected.double().norm()
+    return float(error / norm) if norm > 0 else float(error)
+
+
+def one_minus_cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """1 - cosine of the angle between two tensors, by a form that does not cancel; 0 if the truth is zero."""
+    if expected.norm() == 0:
+        return 0.0 if actual.norm() == 0 else 1.0
+    if actual.norm() == 0:
+        return 1.0
+    return float((actual / actual.norm() - expected / expected.norm()).square().sum() / 2)
+
+
+def _sum_of_token_errors(case: Case) -> torch.Tensor:
+    """Sum of the absolute errors of eager's token losses, with the reduction's denominator."""
+    tokens = case.having(reduction="none", denominator=None)
+    double = case.to(torch.float64).having(reduction="none", denominator=None)
+    with torch.no_grad():
+        eager = eager_loss(tokens.student, tokens.teacher, **tokens.options)
+        truth = loss(double.student, double.teacher, backend="reference", **double.options)
+        error = (eager - truth).abs().sum()
+        if case.options.get("reduction", "mean") == "sum":
+            return error
+        given, mask = case.options.get("denominator"), case.options.get("mask")
+        count = truth.numel() if mask is None else mask.sum()
+        return error / (count if given is None else given)
+
+
+def _cast(source: Source, dtype: torch.dtype, head: torch.dtype) -> Source:
+    wanted = {"hidden": dtype, "z": dtype, "weight": head, "bias": head}
+    cast = {name: x.to(wanted[name]) for name, x in tensors_of(source).items()}
+    return replace(source, **cast)  # type: ignore[arg-type]
+
+
+def _ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Spacing of `dtype` at `value`, subnormal numbers included (an overestimate by less than 2)."""
+    info = torch.finfo(dtype)
+    return (value * info.eps).clamp(min=info.smallest_normal * info.eps)
+
+
+def _row_ratios(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Least and largest ratio of row norms, over rows of at least 1e-3 of the largest norm."""
+    norms, true = (x.reshape(-1, x.shape[-1] if x.dim() else 1).norm(dim=-1) for x in (actual, expected))
+    matters = true > true.max() * 1e-3
+    ratios = norms[matters] / true[matters] if matters.any() else torch.ones(1)
+    return float(ratios.min()), float(ratios.max())
+
+
+def _eager_log_probs(source: Source, vocab_size: int | None, temperature: float) -> torch.Tensor:
+    if isinstance(source, Hidden):
+        dtype = torch.promote_types(source.hidden.dtype, source.weight.dtype)
+        bias = None if source.bias is None else source.bias.to(dtype)
+        z = F.linear(source.hidden.to(dtype), source.weight.to(dtype), bias) * source.logit_scale
+        z = z if source.softcap is None else source.softcap * torch.tanh(z / source.softcap)
+    else:
+        z = source.z
+    z = z[..., :vocab_size].to(torch.promote_types(z.dtype, torch.float32))
+    return F.log_softmax(z / temperature, dim=-1)
+
+
+def _eager_terms(ls: torch.Tensor, lt: torch.Tensor, objective: Objective) -> torch.Tensor:
+    kl = partial(F.kl_div, reduction="none", log_target=True)  # kl(log q, log p) = p (log p - log q)
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(objective.divergence, objective.beta)
+    if beta == 0:
+        return kl(ls, lt)
+    if beta == 1:
+        return kl(lt, ls)
+    lm = torch.logaddexp(lt + math.log(beta), ls + math.log(1 - beta))
+    return beta * kl(lm, lt) + (1 - beta) * kl(lm, ls)
+
+
+def _eager_clip(x: torch.Tensor, bound: float | None, mode: str) -> torch.Tensor:
+    if bound is None:
+        return x
+    if mode == "zero":
+        return x.clamp(max=bound)
+    return x * (bound / x.detach()).where(x.detach() > bound, torch.ones_like(x.detach()))
