@@ -1,0 +1,127 @@
+"""The command `opsd`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="On-policy self-distillation: a model learns from what it knows once it has seen the solution.",
+)
+console = Console()
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=ANY_OPTION)
+def demo(
+    context: typer.Context,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of 128 rollouts each.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of problems and rollouts.")] = 0,
+    out: Annotated[Path, typer.Option(help="The run folder; an earlier demo in it is replaced.")] = Path(
+        "opsd-demo"
+    ),
+) -> None:
+    """Teach three-digit addition to a small model on the CPU, in about two minutes.
+
+    Any further option of OPSDConfig can be given: --objective, --entry-clip, --clip-mode, --teacher and so
+    on; `opsd options` lists them.
+    """
+    from opsd_train.demo import run as demo_run
+    from opsd_train.train import run
+
+    given = [f"--max_steps={steps}", f"--seed={seed}", f"--output_dir={out}", *context.args]
+    with user_errors():
+        trainer = demo_run.demo(given, console)
+    report = run(trainer, "opsd demo", "demo model (three-digit addition)", console, existing="replace")
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings=ANY_OPTION)
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="Local folder or hub id of a causal language model.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows, a .jsonl or .parquet file.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out rows, to measure accuracy on.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with options; the command line beats it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder [default: opsd-run].")] = None,
+) -> None:
+    """Self-distil a model on rows of your own.
+
+    Rows have the columns problem and solution, or prompt and privileged_context, or prompt and
+    teacher_prompt. Any further option of RunOptions and OPSDConfig can be given: --lora-rank 64,
+    --gguf-file NAME, --learning-rate 1e-5 and so on; `opsd options` lists them.
+    """
+    from opsd_train.config import OPSDConfig, RunOptions
+    from opsd_train.options import parse
+    from opsd_train.train import run
+    from opsd_train.train import train as prepare
+
+    named = {"model": model, "data": data, "eval_data": eval_data, "output_dir": out}
+    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    with user_errors():
+        defaults = ["--output_dir=opsd-run", *(["--eval_strategy=steps"] if eval_data else [])]
+        options, settings = parse(
+            [RunOptions, OPSDConfig], [config] if config else [], [*given, *context.args], defaults
+        )
+        trainer = prepare(options, settings, console)
+    existing: Literal["resume", "error"] = "resume" if settings.resume_from_checkpoint else "error"
+    report = run(trainer, Path(settings.output_dir).name, options.model, console, existing=existing)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+    """Write report.html into a run folder anew."""
+    from opsd_train.report import write_report
+
+    with user_errors():
+        path = write_report(run_dir)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def options(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also those of transformers.TrainingArguments.")
+    ] = False,
+) -> None:
+    """List the options that `opsd train`, `opsd demo` and their YAML files take."""
+    from transformers import TrainingArguments
+
+    from opsd_train.config import OPSDConfig, RunOptions
+
+    inherited = {field.name: field.default for field in fields(TrainingArguments)}
+    table = Table("option", "default", "meaning")
+    for field in (*fields(RunOptions), *fields(OPSDConfig)):
+        if everything or field.name not in inherited or inherited[field.name] != field.default:
+            default = "" if field.default is MISSING else escape(repr(field.default))
+            table.add_row(field.name, default, escape(" ".join(str(field.metadata.get("help", "")).split())))
+    console.print(table)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print what the user got wrong as one message, without a traceback, and leave with exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code=2) from None
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    app()

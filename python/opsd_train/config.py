@@ -1,0 +1,192 @@
+"""Everything a run can be told, in two dataclasses."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from transformers import TrainingArguments
+
+import opsd_kernels
+from opsd_train import prompts, teachers
+from opsd_train.evaluate import MATCHES
+
+T = TypeVar("T")
+
+
+def _field(default: T, help: str) -> T:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RunOptions:
+    """Which model is trained on which data; how, `OPSDConfig` says."""
+
+    model: str = field(metadata={"help": "Local folder or hub id of a causal language model."})
+    data: str = field(metadata={"help": "Training rows, a .jsonl or .parquet file."})
+    eval_data: str | None = _field(None, "Held-out rows with an `answer` or a `solution`.")
+    gguf_file: str | None = _field(None, "Load this GGUF file of the model's folder.")
+    dtype: str = _field("float32", "Dtype of the weights: float32, bfloat16 or float16.")
+    lora_rank: int = _field(
+        0, "Rank of LoRA adapters on all linear layers but the head; 0 trains every weight."
+    )
+    lora_alpha: float = _field(32.0, "LoRA's alpha: updates scale with alpha / rank.")
+    lora_dropout: float = _field(0.0, "Dropout in front of the LoRA adapters.")
+
+
+@dataclass
+class OPSDConfig(TrainingArguments):
+    """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
+
+    Some defaults of the former are others here: 100 steps, an evaluation and a checkpoint every 20 of them, a
+    learning rate of 5e-6, a line of metrics for every step, and losses logged as they are, finite or not.
+    """
+
+    # What is minimised
+    objective: str = _field(
+        "forward_kl", "Divergence by name: " + ", ".join(opsd_kernels.named_objectives()) + "."
+    )
+    beta: float | None = _field(
+        None, "The teacher's share of the mixture in `jsd`; None keeps the objective's own."
+    )
+    entry_clip: float | None = _field(
+        None, "Upper bound of the term of each vocabulary entry; None keeps the objective's own."
+    )
+    clip_mode: str | None = _field(
+        None,
+        "`zero` (as published) drops a clipped entry's gradient, `scale` shrinks it; None keeps what it was.",
+    )
+    token_clip: float | None = _field(
+        None, "Upper bound of the loss of a token; None keeps the objective's own."
+    )
+    loss_temperature: float = _field(1.0, "Temperature of both distributions in the loss.")
+
+    # Who teaches
+    teacher: str = _field(
+        "initial",
+        "Weights of the teacher: `initial` (adapters off, or a frozen copy), `live` (those of this step; it "
+        "tends to collapse) or `ema` (their moving average).",
+    )
+    ema_decay: float = _field(
+        0.98, "teacher = decay * teacher + (1 - decay) * student, after every optimizer step."
+    )
+
+    # How the student writes
+    temperature: float = _field(1.0, "Temperature the rollouts are sampled with; 0 is greedy.")
+    top_p: float = _field(
+        1.0, "Sample rollouts from the smallest set of tokens with this probability; 1 is off."
+    )
+    top_k: int = _field(0, "Sample rollouts from this many most likely tokens; 0 is off.")
+    max_completion_length: int = _field(1024, "A rollout stops after this many tokens.")
+    generation_batch_size: int | None = _field(
+        None, "Sequences generated at once; None for all rollouts of an optimizer step."
+    )
+
+    # What student and teacher read
+    max_prompt_length: int = _field(
+        1024, "A student's prompt of more tokens is an error; nothing is truncated."
+    )
+    max_teacher_prompt_length: int = _field(4096, "A teacher's prompt of more tokens is an error.")
+    student_template: str = _field(prompts.STUDENT_TEMPLATE, "The student's message, with {problem}.")
+    teacher_template: str = _field(
+        prompts.TEACHER_TEMPLATE, "The teacher's message, with {problem} and {solution}."
+    )
+    context_template: str = _field(
+        prompts.CONTEXT_TEMPLATE,
+        "The teacher's message in data with `prompt`: {prompt} and {privileged_context}.",
+    )
+    student_chat_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'JSON for the chat template of the student, say {"enable_thinking": false}.'},
+    )
+    teacher_chat_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON for the chat template of the teacher."}
+    )
+
+    # How a completion is judged
+    eval_match: str = _field(
+        "exact",
+        "A completion is right if it equals the answer (`exact`) or ends in the same number (`number`).",
+    )
+    rollouts_recorded: int = _field(4, "Rollouts written to rollouts.json before and after training.")
+
+    # Other defaults than TrainingArguments'
+    max_steps: int = _field(100, "Optimizer steps; self-distillation is short, and goes on too long easily.")
+    learning_rate: float = _field(5e-6, "Peak learning rate.")
+    logging_steps: float = _field(1, "Write metrics every so many steps.")
+    eval_steps: float | None = _field(20, "Evaluate every so many steps, with eval_strategy `steps`.")
+    save_steps: float = _field(20, "Write a checkpoint every so many steps.")
+    per_device_eval_batch_size: int = _field(64, "Sequences generated at once in an evaluation.")
+    logging_nan_inf_filter: bool = _field(False, "Hide losses that are not finite from the log.")
+    remove_unused_columns: bool = _field(False, "Has no effect: rows are not tables here.")
+    report_to: list[str] | str | None = field(
+        default="none", metadata={"help": "Trackers to report to besides the run folder."}
+    )
+    disable_tqdm: bool | None = _field(True, "The progress bar is the driver's own.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("student_chat_kwargs", "teacher_chat_kwargs"):
+            setattr(self, name, _json_object(name, getattr(self, name) or {}))
+        self.to_objective()
+        self.to_templates()
+        _one_of("teacher", self.teacher, teachers.KINDS)
+        _one_of("eval_match", self.eval_match, tuple(MATCHES))
+        _in_range("loss_temperature", self.loss_temperature, above=0)
+        _in_range("temperature", self.temperature, least=0)
+        _in_range("top_p", self.top_p, above=0, most=1)
+        _in_range("top_k", self.top_k, least=0)
+        _in_range("ema_decay", self.ema_decay, least=0, below=1)
+        for name in ("max_prompt_length", "max_teacher_prompt_length", "max_completion_length"):
+            _in_range(name, getattr(self, name), least=1)
+        _in_range("rollouts_recorded", self.rollouts_recorded, least=0)
+        if self.generation_batch_size is not None:
+            _in_range("generation_batch_size", self.generation_batch_size, least=1)
+
+    def to_objective(self) -> opsd_kernels.Objective:
+        """The objective by its name, with what was given in place of its own settings."""
+        named = opsd_kernels.named_objectives()
+        _one_of("objective", self.objective, tuple(named))
+        settings = ("beta", "entry_clip", "clip_mode", "token_clip")
+        given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
+        return dataclasses.replace(named[self.objective], **given)
+
+    def to_templates(self) -> prompts.Templates:
+        """The three templates."""
+        return prompts.Templates(self.student_template, self.teacher_template, self.context_template)
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected a JSON object, got {value!r}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {value!r}")
+    return found
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+
+def _in_range(
+    name: str,
+    value: float,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """ValueError naming the field unless the number keeps every bound given."""
+    bounds = {
+        f"at least {least}": least is None or value >= least,
+        f"above {above}": above is None or value > above,
+        f"at most {most}": most is None or value <= most,
+        f"below {below}": below is None or value < below,
+    }
+    broken = [bound for bound, kept in bounds.items() if not kept]
+    if broken:
+        raise ValueError(f"{name}: expected a number {' and '.join(broken)}, got {value}")

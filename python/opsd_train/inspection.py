@@ -1,0 +1,69 @@
+"""A few rollouts token by token, so that a person sees where the teacher disagrees."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+import opsd_kernels
+from opsd_kernels import Hidden
+from opsd_train import evaluate
+from opsd_train.backbone import logits
+from opsd_train.prompts import Prompt, decode
+from opsd_train.record import RolloutRecord, TokenRecord
+from opsd_train.rollouts import Rollout, collate, evaluating
+from opsd_train.trainer import EVALUATION, OPSDTrainer
+
+
+@torch.no_grad()
+def inspect_rollouts(trainer: OPSDTrainer, prompts: Sequence[Prompt]) -> list[RolloutRecord]:
+    """Sample a completion of every prompt and write down what student and teacher thought of its tokens."""
+    rollouts = trainer.roll_out(prompts, trainer.sampling, (EVALUATION, trainer.state.global_step))
+    return [_record(trainer, rollout) for rollout in rollouts]
+
+
+def _record(trainer: OPSDTrainer, rollout: Rollout) -> RolloutRecord:
+    tokenizer = trainer.tokenizer
+    batch = {k: v.to(trainer.args.device) for k, v in collate([rollout], trainer.vocabulary.pad_id).items()}
+    with evaluating(trainer.student):
+        student, teacher = trainer.distributions(trainer.student, batch)
+    ids = batch["input_ids"][:, -len(rollout.completion) :]
+    stats = opsd_kernels.token_stats(
+        student,
+        teacher,
+        token_ids=ids,
+        temperature=trainer.config.loss_temperature,
+        objective=trainer.objective,
+    )
+    top_ids, top_probs = _most_likely(teacher, trainer.config.loss_temperature)
+    match = evaluate.MATCHES[trainer.config.eval_match]
+    answer = rollout.prompt.answer
+    return RolloutRecord(
+        step=trainer.state.global_step,
+        prompt=decode(tokenizer, rollout.prompt.student_ids),
+        teacher_prompt=decode(tokenizer, rollout.prompt.teacher_ids),
+        answer=answer,
+        correct=None if answer is None else evaluate.is_correct(rollout, tokenizer, match),
+        tokens=[
+            TokenRecord(
+                text=decode(tokenizer, [token]),
+                forward_kl=stats.forward_kl[0, i].item(),
+                student_logprob=stats.student_logprob[0, i].item(),
+                teacher_logprob=stats.teacher_logprob[0, i].item(),
+                student_entropy=stats.student_entropy[0, i].item(),
+                teacher_top=decode(tokenizer, [top_ids[i]]),
+                teacher_top_prob=top_probs[i],
+            )
+            for i, token in enumerate(rollout.completion)
+        ],
+    )
+
+
+def _most_likely(source: Hidden, temperature: float) -> tuple[list[int], list[float]]:
+    """The most likely token at each position of one row and its probability."""
+    ids, probabilities = [], []
+    for hidden in source.hidden[0].split(64):  # a few positions at a time: these are whole rows of logits
+        top = torch.softmax(logits(replace(source, hidden=hidden)) / temperature, dim=-1).max(dim=-1)
+        ids += top.indices.tolist()
+        probabilities += top.values.tolist()
+    return ids, probabilities

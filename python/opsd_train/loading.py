@@ -1,0 +1,64 @@
+"""Model and tokenizer from a folder, a hub id or a GGUF file, and LoRA adapters on top."""
+
+import copy
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model: str, dtype: str = "float32", gguf_file: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer; code that comes with a model is never run.
+
+    Args:
+        model: a local folder or a hub id.
+        dtype: `float32`, `bfloat16` or `float16`. Weights that are trained lose small updates in the other two.
+        gguf_file: name of a GGUF file in that folder; the weights are dequantised.
+
+    Raises:
+        ValueError: what was expected at `model` and was not there.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    if not Path(model).is_dir() and not HUB_ID.fullmatch(model):
+        raise ValueError(f"model: expected a local folder or a hub id, got {model!r}, which is neither")
+    if gguf_file is not None and Path(model).is_dir() and not (Path(model) / gguf_file).is_file():
+        raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=gguf_file)
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], gguf_file=gguf_file)
+    except OSError as error:
+        raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
+    return (found if gguf_file is None else plain(found)), tokenizer
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a fresh model of that class, without traces of the file they were loaded from."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
+
+
+def with_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float) -> PeftModel:
+    """Put LoRA adapters on every linear layer but the head, which stays frozen with everything else."""
+    if rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a ratio, which need not be whole
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

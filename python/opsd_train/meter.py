@@ -1,0 +1,64 @@
+"""What a step's line of metrics says besides the loss."""
+
+import time
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from opsd_kernels import TokenStats
+from opsd_train.rollouts import Rollout
+
+
+class Meter:
+    """Sums over the tokens and rollouts since the last line of metrics.
+
+    Args:
+        device: whose memory is reported: the peak allocated on a GPU, the process's resident memory on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._process = psutil.Process()
+        self.start = self._since = time.perf_counter()
+        self._sums: torch.Tensor | None = None
+        self._reset()
+
+    def count(self, rollouts: Sequence[Rollout]) -> None:
+        """Count the rollouts of a step."""
+        self._rollouts += len(rollouts)
+        self._tokens += sum(len(rollout.completion) for rollout in rollouts)
+        self._truncated += sum(rollout.truncated for rollout in rollouts)
+
+    def add(self, stats: TokenStats, mask: torch.Tensor) -> None:
+        """Add the statistics of a micro-batch's tokens."""
+        sums = torch.stack([column[mask].double().sum() for column in stats])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._measured += int(mask.sum())
+
+    def read(self) -> dict[str, float]:
+        """The means, and start anew. Lengths in tokens, memory in GB, times in seconds."""
+        now = time.perf_counter()
+        metrics = {
+            "completion_length": self._tokens / max(self._rollouts, 1),
+            "truncated_share": self._truncated / max(self._rollouts, 1),
+            "tokens_per_second": self._tokens / (now - self._since),
+            "memory_gb": self.memory_gb(),
+            "seconds": now - self.start,
+        }
+        if self._sums is not None:
+            means = (self._sums / self._measured).tolist()
+            metrics |= dict(zip(TokenStats._fields, means, strict=True))
+        self._since = now
+        self._reset()
+        return metrics
+
+    def memory_gb(self) -> float:
+        """Memory in use."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return self._process.memory_info().rss / 1e9
+
+    def _reset(self) -> None:
+        self._rollouts = self._tokens = self._truncated = self._measured = 0
+        self._sums = None

@@ -1,0 +1,144 @@
+"""From a row's messages to token ids: templates, the chat template, budgets, left padding."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from opsd_train.data import Row
+
+Message: TypeAlias = dict[str, str]
+
+STUDENT_TEMPLATE = "{problem}\n\nReason step by step, then state the final answer."
+TEACHER_TEMPLATE = (
+    "{problem}\n\n"
+    "A reference solution to this problem follows.\n\n{solution}\n\n"
+    "Read it until you understand why every step holds. Then put it aside and solve the problem yourself, in "
+    "your own words. Reason step by step, then state the final answer."
+)
+CONTEXT_TEMPLATE = (
+    "{prompt}\n\n"
+    "What follows is known to you alone.\n\n{privileged_context}\n\n"
+    "Take it into account, but answer in your own words and without mentioning it."
+)
+
+
+@dataclass(frozen=True)
+class Templates:
+    """What the student and the teacher read; `{name}` stands for a column, any other brace for itself.
+
+    Args:
+        student: user message of the student for a row with `problem` and `solution`.
+        teacher: user message of the teacher for the same row.
+        context: user message of the teacher for a row with `prompt` and `privileged_context`.
+    """
+
+    student: str = STUDENT_TEMPLATE
+    teacher: str = TEACHER_TEMPLATE
+    context: str = CONTEXT_TEMPLATE
+
+    def __post_init__(self) -> None:
+        _require("student_template", self.student, present=("problem",), absent=("solution",))
+        _require("teacher_template", self.teacher, present=("problem", "solution"))
+        _require("context_template", self.context, present=("prompt", "privileged_context"))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row as the model reads it: the ids of the student's and the teacher's prompt."""
+
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+    answer: str | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenises rows and holds them to their budgets.
+
+    Args:
+        tokenizer: its chat template is used when it has one.
+        max_prompt_length: most tokens in a student's prompt, chat template included.
+        max_teacher_prompt_length: the same for the teacher.
+        student_chat_kwargs: what the student's chat template is given besides (`{"enable_thinking": False}`).
+        teacher_chat_kwargs: the same for the teacher's.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_length: int
+    max_teacher_prompt_length: int
+    student_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self, rows: "Sequence[Row]") -> list[Prompt]:
+        """Tokenise every row; ValueError names the first one that does not fit, nothing is truncated."""
+        student = self._ids([row.student for row in rows], self.student_chat_kwargs)
+        teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs)
+        for row, student_ids, teacher_ids in zip(rows, student, teacher, strict=True):
+            self._check_budget(row, len(student_ids), len(teacher_ids))
+        return [
+            Prompt(tuple(student_ids), tuple(teacher_ids), row.answer, row.where)
+            for row, student_ids, teacher_ids in zip(rows, student, teacher, strict=True)
+        ]
+
+    def _ids(self, chats: "Sequence[Sequence[Message]]", chat_kwargs: Mapping[str, Any]) -> list[list[int]]:
+        if self.tokenizer.chat_template is not None:
+            texts = self.tokenizer.apply_chat_template(
+                [list(chat) for chat in chats], tokenize=False, add_generation_prompt=True, **chat_kwargs
+            )
+            # The chat template has already written the special tokens.
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if any(len(chat) != 1 for chat in chats):
+            raise ValueError("prompt: expected a single message, since the tokenizer has no chat template")
+        return self.tokenizer([chat[0]["content"] for chat in chats])["input_ids"]
+
+    def _check_budget(self, row: "Row", student: int, teacher: int) -> None:
+        if student == 0 or teacher == 0:
+            raise ValueError(f"{row.where}: expected prompts of at least one token, got an empty one")
+        if student > self.max_prompt_length or teacher > self.max_teacher_prompt_length:
+            raise ValueError(
+                f"{row.where}: a prompt is longer than its budget: the student's has {student} tokens "
+                f"(max_prompt_length {self.max_prompt_length}), the teacher's {teacher} "
+                f"(max_teacher_prompt_length {self.max_teacher_prompt_length}); nothing is truncated"
+            )
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace each `{name}` of `values` once; what a value contains is never looked at again."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of one sequence."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `[B, L]` int64 padded on the left to the longest sequence, and their mask `[B, L]` int64."""
+    longest = max(map(len, sequences))
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in sequences]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `pad_left`, with the padding behind."""
+    longest = max(map(len, sequences))
+    ids = [list(row) + [pad_id] * (longest - len(row)) for row in sequences]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _require(name: str, template: str, present: tuple[str, ...], absent: tuple[str, ...] = ()) -> None:
+    for column in present:
+        if f"{{{column}}}" not in template:
+            raise ValueError(f"{name}: expected a template with {{{column}}}, got {template!r}")
+    for column in absent:
+        if f"{{{column}}}" in template:
+            raise ValueError(f"{name}: the student must not see {{{column}}}, got {template!r}")

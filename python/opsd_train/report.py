@@ -1,0 +1,161 @@
+"""One self-contained HTML page about a run: what changed, the curves, and where the teacher disagreed.
+
+The page needs no network and no script; its charts are inline SVG that takes its colours from the page, so
+one drawing serves light, dark and paper.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from . import charts, highlight
+from .record import Accuracy, Evaluation, Run, load_run, write_atomically
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run folder, finished or not, and return its path.
+
+    Raises ValueError when the folder is not a run (see `load_run`).
+    """
+    run = load_run(run_dir)
+    # Escaping is switched on by hand: jinja2 goes by the file's name and does not know `.html.j2`.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    settings = {"objective": run.info.get("objective"), **(run.info.get("config") or {})}
+    page = environment.get_template("report.html.j2").render(
+        title=run.info.get("name") or run.directory.resolve().name,
+        verdict=verdict(run),
+        facts=_facts(run),
+        problems=run.problems,
+        accuracy=_accuracy_rows(run.evaluations),
+        charts=charts.charts(run),
+        area=charts,
+        groups=highlight.groups(run.rollouts),
+        legend=highlight.legend(),
+        shown_nats=highlight.TEACHER_SHOWN_NATS,
+        config=list(_flat(settings)),
+        versions=list(_flat(run.info.get("versions") or {})),
+        shades={"light": highlight.palette(dark=False), "dark": highlight.palette(dark=True)},
+    )
+    path = run.directory / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def verdict(run: Run) -> str:
+    """One sentence: greedy accuracy before and after, with its 95 % confidence interval."""
+    if not run.evaluations:
+        losses = [row for row in run.metrics if math.isfinite(row.get("loss", math.nan))]
+        if not losses:
+            return "Nothing has been measured yet."
+        start, end = (f"{row['loss']:.4g} at step {row['step']:,}" for row in (losses[0], losses[-1]))
+        return f"Accuracy was not measured; the loss was {start}" + (
+            "." if len(losses) == 1 else f" and {end}."
+        )
+    first, last = run.evaluations[0], run.evaluations[-1]
+    before, after = first["greedy"], last["greedy"]
+    if first is last:
+        return f"Greedy accuracy is {_interval(before)} at step {first['step']:,}."
+    went, caveat = "went", "; the intervals overlap, so this is no clear change"
+    if after["low"] > before["high"]:
+        went, caveat = "rose", ""
+    elif after["high"] < before["low"]:
+        went, caveat = "fell", ""
+    steps = last["step"] - first["step"]
+    return (
+        f"Greedy accuracy {went} from {_interval(before)} to {_interval(after)} in {steps:,} steps{caveat}."
+    )
+
+
+def _interval(accuracy: Accuracy) -> str:
+    share, low, high = (100 * accuracy[key] for key in ("accuracy", "low", "high"))
+    return f"{share:.1f}\u00a0% (95\u00a0% CI {low:.1f} to {high:.1f})"
+
+
+def _accuracy_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Rows of the table: by way of decoding, the first and last evaluation and the points gained."""
+    ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else list(evaluations)
+    return [
+        {
+            "decoding": decoding,
+            "cells": [(one["step"], one[decoding]) for one in ends],
+            "points": 100 * (ends[-1][decoding]["accuracy"] - ends[0][decoding]["accuracy"]),
+        }
+        for decoding in ("greedy", "sampled")
+        if ends
+    ]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The few things to know about a run, those that were recorded."""
+    info = run.info
+    steps = max((row["step"] for row in run.metrics), default=0)
+    facts = {
+        "Model": info.get("model"),
+        "Parameters": _count(info.get("parameters")),
+        "Objective": _objective(info.get("objective")),
+        "Teacher": info.get("teacher"),
+        "Steps": f"{steps:,}" if steps else None,
+        "Time": _duration(info.get("seconds")),
+        "Peak memory": f"{info['peak_memory_gb']:.2f} GB" if info.get("peak_memory_gb") else None,
+        "Device": info.get("device"),
+        "Started": _moment(info.get("started")),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def _objective(objective: Mapping[str, Any] | None) -> str | None:
+    """The divergence and what departs from it; beta says something of the JSD only."""
+    if not objective:
+        return None
+    named = {key: value for key, value in objective.items() if value is not None and key != "divergence"}
+    if objective.get("divergence") != "jsd":
+        named.pop("beta", None)
+    if "entry_clip" not in named:
+        named.pop("clip_mode", None)
+    divergence = [str(objective["divergence"])] if "divergence" in objective else []
+    return ", ".join(divergence + [f"{key} {value}" for key, value in named.items()]).replace("_", " ")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as dotted names, what is None left out."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", str(value)
+
+
+def _count(parameters: float | None) -> str | None:
+    if not parameters:
+        return None
+    for size, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {name}"
+    return str(parameters)
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    )
+
+
+def _moment(started: str | None) -> str | None:
+    try:
+        return datetime.fromisoformat(started).strftime("%d %b %Y, %H:%M %Z").strip() if started else None
+    except ValueError:
+        return started

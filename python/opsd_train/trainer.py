@@ -1,0 +1,222 @@
+"""On-policy self-distillation as a `transformers.Trainer`: the student writes, the teacher reads along."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    IntervalStrategy,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+
+import opsd_kernels
+from opsd_kernels import Hidden, Objective
+from opsd_train import evaluate
+from opsd_train.backbone import causal_lm, check_head, completion_hidden, head_source
+from opsd_train.config import OPSDConfig
+from opsd_train.meter import Meter
+from opsd_train.prompts import Prompt
+from opsd_train.rollouts import Rollout, Sampling, Vocabulary, collate, generate
+from opsd_train.teachers import Teacher, make_teacher
+
+TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
+
+
+class OPSDTrainer(Trainer):
+    """Minimises the divergence between student and teacher on the student's own rollouts.
+
+    One optimizer step is::
+
+        rollouts = generate(student, prompts)                     # get_batch_samples: for the whole step
+        for batch in micro_batches(rollouts):                     # compute_loss
+            h_s = backbone(student, student_prompt + completion)  # hidden states of the completion alone
+            h_t = backbone(teacher, teacher_prompt + completion)  # the very same tokens, without gradient
+            opsd_kernels.loss(h_s, h_t, lm_head.weight, denominator=tokens_of_step).backward()
+        optimizer.step(); teacher.after_optimizer_step()
+
+    The rollouts of a step are drawn together from random numbers that the seed and the step determine, and the
+    loss is the mean over all their tokens: how a step is cut into micro-batches changes neither.
+
+    Args:
+        model: a causal language model, or a PEFT model of one. As given here it is the initial teacher.
+        args: the configuration.
+        train_dataset: encoded prompts (`Encoder.encode`).
+        processing_class: the tokenizer.
+        eval_dataset: prompts with answers, for `evaluate`.
+        callbacks: further callbacks.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: OPSDConfig,
+        train_dataset: Sequence[Prompt],
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Sequence[Prompt] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                f"args: expected one process with one device, got {args.world_size} processes with "
+                f"{args.n_gpu} devices each; make one of them visible (CUDA_VISIBLE_DEVICES=0)"
+            )
+        self.config, self.tokenizer, self.student = args, processing_class, model
+        self.prompts, self.held_out = train_dataset, list(eval_dataset or [])
+        evaluate.require_answers(self.held_out)
+        self.objective: Objective = args.to_objective()
+        self.vocabulary = Vocabulary.of(causal_lm(model), processing_class)
+        self.sampling = Sampling(
+            args.temperature, args.top_p, args.top_k, args.max_completion_length, args.generation_batch_size
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=list,  # type: ignore[arg-type]
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        check_head(model, train_dataset[0].student_ids)
+        self.teacher = make_teacher(args.teacher, model, args.ema_decay)
+        self.add_callback(_TeacherCallback(self.teacher))
+        self.meter = Meter(args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        prompts = [prompt for batch in batches for prompt in batch]
+        rollouts = self.roll_out(prompts, self.sampling, (TRAINING, self.state.global_step))
+        self.meter.count(rollouts)
+        ahead = iter(rollouts)
+        micro_batches = [collate([next(ahead) for _ in batch], self.vocabulary.pad_id) for batch in batches]
+        return micro_batches, sum(len(rollout.completion) for rollout in rollouts)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Sum of the divergences at the micro-batch's completion tokens over the tokens of the whole step."""
+        if return_outputs:
+            raise ValueError("return_outputs: expected False, since no logits are formed; got True")
+        mask = inputs["completion_mask"].bool()
+        student, teacher = self.distributions(model, inputs)
+        settings: dict[str, Any] = {
+            "objective": self.objective,
+            "mask": mask,
+            "temperature": self.config.loss_temperature,
+        }
+        if self._logs_next():
+            token_ids = inputs["input_ids"][:, -mask.shape[1] :]
+            self.meter.add(opsd_kernels.token_stats(student, teacher, token_ids=token_ids, **settings), mask)
+        return opsd_kernels.loss(student, teacher, denominator=num_items_in_batch, **settings)
+
+    def distributions(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Hidden, Hidden]:
+        """The next-token distributions of student and teacher at the completion's tokens, [B, C]."""
+        length = inputs["completion_mask"].shape[1]
+        with self.accelerator.autocast():
+            teacher = self.teacher.source(
+                inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length
+            )
+            hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
+        return head_source(model, hidden), teacher
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
+    ) -> list[Rollout]:
+        """Let the student complete every prompt."""
+        seed = (self.config.seed, *stream)
+        ids = [prompt.student_ids for prompt in prompts]
+        completions = generate(causal_lm(self.student), ids, sampling, self.vocabulary, seed)
+        ends = self.vocabulary.eos_ids
+        return [
+            Rollout(prompt, completion, truncated=completion[-1] not in ends)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the meter holds to the metrics of a training step."""
+        if "loss" in logs:
+            logs |= self.meter.read()
+        super().log(logs, start_time)
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Sequence[Prompt] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy and sampled accuracy of the student, with their 95 % intervals."""
+        prompts = self.held_out if eval_dataset is None else eval_dataset
+        evaluate.require_answers(prompts)
+        start = time.perf_counter()
+        sampled = dataclasses.replace(self.sampling, batch_size=self.config.per_device_eval_batch_size)
+        greedy = dataclasses.replace(sampled, temperature=0.0)
+        metrics: dict[str, float] = {}
+        for name, drawn in (("greedy", greedy), ("sampled", sampled)):
+            rollouts = self.roll_out(prompts, drawn, (EVALUATION, self.state.global_step))
+            found = evaluate.accuracy(rollouts, self.tokenizer, evaluate.MATCHES[self.config.eval_match])
+            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in found.items()}  # type: ignore[misc]
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; on resuming, the teacher goes on from the checkpoint too."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.config.output_dir)
+        if isinstance(resume_from_checkpoint, str):
+            self.teacher.load(resume_from_checkpoint)
+        self.meter = Meter(self.args.device)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _logs_next(self) -> bool:
+        """Whether the step that is under way ends in a line of metrics."""
+        step = self.state.global_step + 1
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return self.args.logging_strategy == IntervalStrategy.EPOCH
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+
+class _TeacherCallback(TrainerCallback):
+    """Lets the teacher follow the student, and puts it into every checkpoint."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the teacher."""
+        self.teacher.after_optimizer_step()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the teacher."""
+        self.teacher.save(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
