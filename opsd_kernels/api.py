@@ -92,9 +92,9 @@ def loss(
     call = _Call.of(student, teacher, weight, vocab_size, mask, token_ids, temperature, workspace_bytes)
     validation.check_rows("token_weight", token_weight, call.student, validation.FLOATS)
     validation.check_reduction(reduction, denominator)
-    name, module = call.backend(backend)
     live = call.live(token_weight)
     problem = call.problem(get_objective(objective), live)
+    name, module = _backend(backend, problem)
     coefficient = _live_weights(problem, token_weight)
     if reduction == "mean":
         coefficient = coefficient / call.token_count(denominator)
@@ -128,8 +128,8 @@ def token_stats(
         ValueError: names the argument, what was expected and what came.
     """
     call = _Call.of(student, teacher, weight, vocab_size, mask, token_ids, temperature, workspace_bytes)
-    name, module = call.backend(backend)
     problem = call.problem(get_objective(objective), call.live(None))
+    name, module = _backend(backend, problem)
     ids = torch.zeros(problem.total_rows, dtype=torch.int64, device=problem.device)
     if token_ids is not None:
         ids = token_ids.reshape(-1).long()
@@ -186,11 +186,6 @@ class _Call:
             workspace_bytes = int(workspace_bytes)  # 2e9 is a natural way to write it
         return cls(s, t, vocab, mask, temperature, workspace_bytes)
 
-    def backend(self, asked: str) -> tuple[str, ModuleType]:
-        """Name and module of the backend."""
-        name = backends.choose(asked, _device(self.student))
-        return name, backends.load(name)
-
     def live(self, token_weight: torch.Tensor | None) -> torch.Tensor | None:
         """`[n]` indices of the rows that count, None for all of them."""
         keep = self.mask
@@ -226,6 +221,12 @@ class _Call:
     def spread(self, problem: Problem, live: torch.Tensor) -> torch.Tensor:
         """Values of the live rows `[n]` as the token dimensions `[...]`, 0 elsewhere."""
         return problem.scatter(live).reshape(self.student.lead)
+
+
+def _backend(asked: str, problem: Problem) -> tuple[str, ModuleType]:
+    """Name and module of the backend."""
+    name = backends.choose(asked, problem.device)
+    return name, backends.load(name, problem.device, problem.dtype)
 
 
 def _live_weights(problem: Problem, token_weight: torch.Tensor | None) -> torch.Tensor:

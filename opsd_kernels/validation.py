@@ -86,7 +86,10 @@ def check_rows(
     assert first is not None
     _check_device(name, tensor, first.device)
     if tensor.requires_grad:
-        raise ValueError(f"{name}: expected a tensor without gradient (it is constant here); detach it")
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, it is constant here; got requires_grad=True: "
+            "detach it"
+        )
 
 
 def check_ids(token_ids: torch.Tensor | None, vocab: int) -> None:
@@ -108,7 +111,10 @@ def check_reduction(reduction: str, denominator: Any) -> None:
         raise ValueError(f"denominator: expected None with reduction={reduction!r}; got {denominator}")
     if isinstance(denominator, torch.Tensor):
         if denominator.numel() != 1 or denominator.requires_grad:
-            raise ValueError("denominator: expected a number or a constant tensor of one element")
+            raise ValueError(
+                "denominator: expected a number or a constant tensor of one element; got shape "
+                f"{tuple(denominator.shape)}, requires_grad={denominator.requires_grad}"
+            )
     else:
         check_positive("denominator", denominator)
 

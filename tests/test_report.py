@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from opsd_train.charts import Series, draw, number, ticks
 from opsd_train.highlight import FULL_NATS, LEVELS, contrast, level_of, palette
 from opsd_train.record import Accuracy, RunRecord, load_run

@@ -1,7 +1,8 @@
 """The backends by name, and the rule that picks one.
 
 A backend other than `reference` is a module with four functions over the logits of a chunk of rows:
-`row_loss`, `row_gradient_`, `slab_gradient_` and `row_stats` (see `backends/torch` for their contracts).
+`row_loss`, `row_gradient_`, `slab_gradient_` and `row_stats` (see `backends/torch` for their contracts), and
+`unsupported(device, dtype)`, which says where it cannot run.
 A new one is a folder here and a line in `BACKENDS`.
 """
 
@@ -14,6 +15,7 @@ REFERENCE = "reference"
 BACKENDS = {
     REFERENCE: "opsd_kernels.backends.reference",
     "torch": "opsd_kernels.backends.torch",
+    "triton": "opsd_kernels.backends.triton",
 }
 
 
@@ -21,7 +23,7 @@ def choose(backend: str, device: torch.device) -> str:
     """Name of the backend that runs: the one asked for, or for `"auto"` the fastest for the device.
 
     `"auto"` is a function of its arguments alone: no environment variable, no probing. Today it is `"torch"`
-    on every device.
+    on every device; `"triton"` has to be asked for until it has been measured on a GPU.
 
     Raises:
         ValueError: a backend that does not exist. There is no silent fallback.
@@ -34,6 +36,19 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
-def load(name: str) -> ModuleType:
-    """The backend's module, imported when first used."""
-    return importlib.import_module(BACKENDS[name])
+def load(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend's module, imported when first used.
+
+    Raises:
+        ValueError: the backend's package is not installed, or it cannot run on the device or in the dtype.
+    """
+    try:
+        module = importlib.import_module(BACKENDS[name])
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"backend: {name!r} needs the package {error.name!r}, which is not installed"
+        ) from error
+    reason = None if name == REFERENCE else module.unsupported(device, dtype)
+    if reason is not None:
+        raise ValueError(f"backend: expected 'torch' or 'reference' {reason}; got {name!r}")
+    return module

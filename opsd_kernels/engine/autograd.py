@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opsd_kernels.engine import chunk_store, slab_recompute
 from opsd_kernels.engine.problem import Problem
+from opsd_kernels.engine.rows import RowStatistics
 
 
 def reduced_loss(problem: Problem, backend: ModuleType) -> Tensor:
@@ -45,8 +45,8 @@ class _ChunkStore(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        _refuse_second_derivative()
         rows, *gradients = ctx.saved_tensors
         scaled = [None if x is None else x * upstream for x in gradients]
         return None, None, *_as_inputs(scaled, rows, ctx.shapes)
@@ -58,22 +58,30 @@ class _SlabRecompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: ModuleType, *tensors: Tensor | None) -> Tensor:
         statistics = slab_recompute.forward(problem, backend)
-        ctx.problem, ctx.backend, ctx.statistics_type = problem, backend, type(statistics)
+        ctx.problem, ctx.backend = problem, backend
         # Inputs are saved through autograd, which raises if one is changed in place before the backward.
         ctx.save_for_backward(problem.rows, *tensors, *problem.teacher.tensors, *statistics)
         return statistics.loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        _refuse_second_derivative()
         rows, *rest = ctx.saved_tensors
         tensors = rest[: len(ctx.problem.student.tensors)]
-        statistics = ctx.statistics_type(*rest[-len(ctx.statistics_type._fields) :])
+        statistics = RowStatistics(*rest[-len(RowStatistics._fields) :])
         gradients = slab_recompute.backward(
             ctx.problem, ctx.backend, statistics, upstream, ctx.needs_input_grad[2:]
         )
         shapes = [None if x is None else (x.shape, x.dtype) for x in tensors]
         return None, None, *_as_inputs(gradients, rows, shapes)
+
+
+def _refuse_second_derivative() -> None:
+    """PyTorch's `once_differentiable` lets it pass as zero if the upstream gradient is a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "opsd_kernels.loss: there is no second derivative; got backward with create_graph=True"
+        )
 
 
 def _as_inputs(

@@ -12,20 +12,25 @@ from opsd_kernels.engine import plan
 from opsd_kernels.engine.chunk_store import ALL, Chunks
 from opsd_kernels.engine.problem import Problem
 from opsd_kernels.engine.projection import Projection, mm_, prepare_pair
+from opsd_kernels.engine.rows import RowStatistics
 from opsd_kernels.sources import Hidden
 
 
-def forward(problem: Problem, backend: ModuleType) -> Any:
-    """The backend's row statistics of all live rows, each `[n]`; `.loss` is the token loss."""
+def forward(problem: Problem, backend: ModuleType) -> RowStatistics:
+    """The row statistics of all live rows, each `[n]`; `.loss` is the token loss."""
     chunks = Chunks.of(problem)
     parts = [backend.row_loss(*chunks.logits(span), problem.objective) for span in chunks.spans]
     if not parts:
         parts = [backend.row_loss(*chunks.logits(slice(0, 0)), problem.objective)]
-    return type(parts[0])(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return RowStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def backward(
-    problem: Problem, backend: ModuleType, statistics: Any, upstream: torch.Tensor, wanted: tuple[bool, ...]
+    problem: Problem,
+    backend: ModuleType,
+    statistics: RowStatistics,
+    upstream: torch.Tensor,
+    wanted: tuple[bool, ...],
 ) -> list[torch.Tensor | None]:
     """Gradients of the student's tensors in `problem.dtype`, those of hidden states and logits for live rows.
 

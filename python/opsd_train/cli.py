@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,10 +38,12 @@ def demo(
     from opsd_train.demo import run as demo_run
     from opsd_train.train import run
 
+    quiet()
     given = [f"--max_steps={steps}", f"--seed={seed}", f"--output_dir={out}", *context.args]
     with user_errors():
         trainer = demo_run.demo(given, console)
-    report = run(trainer, "opsd demo", "demo model (three-digit addition)", console, existing="replace")
+    about = {"name": "opsd demo", "model": "the demo's model, on three-digit addition"}
+    report = run(trainer, about, console, existing="replace")
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
@@ -56,7 +58,7 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with options; the command line beats it.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder [default: opsd-run].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; opsd-run if none is named.")] = None,
 ) -> None:
     """Self-distil a model on rows of your own.
 
@@ -69,6 +71,7 @@ def train(
     from opsd_train.train import run
     from opsd_train.train import train as prepare
 
+    quiet()
     named = {"model": model, "data": data, "eval_data": eval_data, "output_dir": out}
     given = [f"--{name}={value}" for name, value in named.items() if value is not None]
     with user_errors():
@@ -78,7 +81,8 @@ def train(
         )
         trainer = prepare(options, settings, console)
     existing: Literal["resume", "error"] = "resume" if settings.resume_from_checkpoint else "error"
-    report = run(trainer, Path(settings.output_dir).name, options.model, console, existing=existing)
+    about = {"name": Path(settings.output_dir).name, "model": options.model, "options": asdict(options)}
+    report = run(trainer, about, console, existing=existing)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
@@ -112,12 +116,21 @@ def options(
     console.print(table)
 
 
+def quiet() -> None:
+    """One progress bar is enough: the driver's own."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Print what the user got wrong as one message, without a traceback, and leave with exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(code=2) from None
 

@@ -26,6 +26,7 @@ class RunOptions:
     data: str = field(metadata={"help": "Training rows, a .jsonl or .parquet file."})
     eval_data: str | None = _field(None, "Held-out rows with an `answer` or a `solution`.")
     gguf_file: str | None = _field(None, "Load this GGUF file of the model's folder.")
+    revision: str | None = _field(None, "Commit, tag or branch of a hub id.")
     dtype: str = _field("float32", "Dtype of the weights: float32, bfloat16 or float16.")
     lora_rank: int = _field(
         0, "Rank of LoRA adapters on all linear layers but the head; 0 trains every weight."

@@ -13,14 +13,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    model: str, dtype: str = "float32", gguf_file: str | None = None
+    model: str, dtype: str = "float32", gguf_file: str | None = None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer; code that comes with a model is never run.
 
     Args:
         model: a local folder or a hub id.
-        dtype: `float32`, `bfloat16` or `float16`. Weights that are trained lose small updates in the other two.
+        dtype: `float32`, `bfloat16` or `float16`. Weights that are trained lose small updates in the others.
         gguf_file: name of a GGUF file in that folder; the weights are dequantised.
+        revision: of a hub id, the commit, tag or branch to load.
 
     Raises:
         ValueError: what was expected at `model` and was not there.
@@ -32,9 +33,10 @@ def load(
     if gguf_file is not None and Path(model).is_dir() and not (Path(model) / gguf_file).is_file():
         raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=gguf_file)
-        found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], gguf_file=gguf_file)
-    except OSError as error:
+        where = {"gguf_file": gguf_file, "revision": revision or "main"}
+        tokenizer = AutoTokenizer.from_pretrained(model, **where)
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], **where)
+    except (OSError, ValueError) as error:
         raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
     return (found if gguf_file is None else plain(found)), tokenizer
 

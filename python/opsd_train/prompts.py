@@ -77,6 +77,8 @@ class Encoder:
 
     def encode(self, rows: "Sequence[Row]") -> list[Prompt]:
         """Tokenise every row; ValueError names the first one that does not fit, nothing is truncated."""
+        if not rows:
+            return []
         student = self._ids([row.student for row in rows], self.student_chat_kwargs)
         teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs)
         for row, student_ids, teacher_ids in zip(rows, student, teacher, strict=True):

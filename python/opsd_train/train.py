@@ -4,7 +4,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from opsd_train import record
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig, RunOptions
-from opsd_train.data import load_rows
+from opsd_train.data import Row, load_rows
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import load, with_lora
 from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
@@ -28,7 +28,6 @@ from opsd_train.record import RunRecord, load_run
 from opsd_train.report import write_report
 from opsd_train.trainer import OPSDTrainer
 
-Rows = str | Path | Iterable[Mapping[str, Any]]
 Existing = Literal["error", "replace", "resume"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
 
@@ -36,22 +35,26 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
 def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
     """Load what `opsd train` was given. Raises ValueError for anything that is wrong with it."""
     check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
+    last_checkpoint(config)
+    templates = config.to_templates()
+    rows = load_rows(options.data, templates)
+    held_out = load_rows(options.eval_data, templates) if options.eval_data else []
     with console.status(f"loading {options.model}"):
-        model, tokenizer = load(options.model, options.dtype, options.gguf_file)
+        model, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
         student: torch.nn.Module = model
         if options.lora_rank:
             student = with_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
-        return make_trainer(student, tokenizer, options.data, options.eval_data, config)
+        return make_trainer(student, tokenizer, rows, held_out, config)
 
 
 def make_trainer(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    eval_rows: Rows | None,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
     config: OPSDConfig,
 ) -> OPSDTrainer:
-    """A trainer over rows in any of the conventions of `load_rows`, all of them checked before it starts."""
+    """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets."""
     encoder = Encoder(
         tokenizer,
         config.max_prompt_length,
@@ -59,26 +62,24 @@ def make_trainer(
         config.student_chat_kwargs,  # type: ignore[arg-type]
         config.teacher_chat_kwargs,  # type: ignore[arg-type]
     )
-    templates = config.to_templates()
-    prompts = encoder.encode(load_rows(rows, templates))
-    held_out = None if eval_rows is None else encoder.encode(load_rows(eval_rows, templates))
-    return OPSDTrainer(model, config, prompts, tokenizer, held_out)
+    return OPSDTrainer(model, config, encoder.encode(rows), tokenizer, encoder.encode(held_out))
 
 
-def run(trainer: OPSDTrainer, name: str, model: str, console: Console, existing: Existing = "error") -> Path:
+def run(
+    trainer: OPSDTrainer, about: Mapping[str, Any], console: Console, existing: Existing = "error"
+) -> Path:
     """Evaluate, train, evaluate, and write the run folder; returns the path of the report.
 
     Args:
         trainer: as `make_trainer` made it; its `output_dir` becomes the run folder.
-        name: the run's name in the report.
-        model: what the report calls the model.
+        about: what goes into run.json besides what the trainer knows: `name` and `model` at least.
         console: where progress and the final table appear.
         existing: what to do if the folder holds a run already, see `RunRecord`.
     """
     config, folder = trainer.config, Path(trainer.config.output_dir or ".")
     written = RunRecord(folder, existing)
     started = time.perf_counter()
-    info = {"name": name, "model": model, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
+    info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
     written.write_info(info)
     trainer.add_callback(RecordCallback(written))
     trainer.add_callback(progress := ProgressCallback(console))

@@ -41,12 +41,12 @@ class OPSDTrainer(Trainer):
         rollouts = generate(student, prompts)                     # get_batch_samples: for the whole step
         for batch in micro_batches(rollouts):                     # compute_loss
             h_s = backbone(student, student_prompt + completion)  # hidden states of the completion alone
-            h_t = backbone(teacher, teacher_prompt + completion)  # the very same tokens, without gradient
-            opsd_kernels.loss(h_s, h_t, lm_head.weight, denominator=tokens_of_step).backward()
+            h_t = backbone(teacher, teacher_prompt + completion)  # the very same tokens, no gradient
+            opsd_kernels.loss(h_s, h_t, lm_head.weight, denominator=step_tokens).backward()
         optimizer.step(); teacher.after_optimizer_step()
 
-    The rollouts of a step are drawn together from random numbers that the seed and the step determine, and the
-    loss is the mean over all their tokens: how a step is cut into micro-batches changes neither.
+    The rollouts of a step are drawn together from random numbers that the seed and the step determine, and
+    the loss is the mean over all their tokens: how a step is cut into micro-batches changes neither.
 
     Args:
         model: a causal language model, or a PEFT model of one. As given here it is the initial teacher.

@@ -4,6 +4,13 @@ They walk the chunk in blocks of rows so that the dozen temporaries of a block s
 (or in a few hundred megabytes of a GPU). All tensors are fp32, or fp64.
 """
 
-from opsd_kernels.backends.torch.rows import RowStatistics, row_gradient_, row_loss, row_stats, slab_gradient_
+import torch
 
-__all__ = ["RowStatistics", "row_gradient_", "row_loss", "row_stats", "slab_gradient_"]
+from opsd_kernels.backends.torch.rows import row_gradient_, row_loss, row_stats, slab_gradient_
+
+__all__ = ["row_gradient_", "row_loss", "row_stats", "slab_gradient_", "unsupported"]
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: PyTorch runs everywhere."""
+    return None

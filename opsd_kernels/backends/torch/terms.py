@@ -8,11 +8,10 @@ import torch
 from opsd_kernels.divergences import compile_expression
 from opsd_kernels.objectives import Objective
 
-
-# Stands in for a log-probability of -inf. Finite, so that 0 log 0 is 0 and equal exclusions differ by 0, without
-# a comparison per entry; so low that a divergence which is infinite exceeds every finite one (`INFINITE_LOSS`).
+# Stands in for a log-probability of -inf. Finite, so that 0 log 0 is 0 and two exclusions differ by 0 without
+# a comparison per entry; so low that an infinite divergence exceeds any other (`engine/rows.py` makes it
+# infinite) as long as the excluded entry has more than 3e-29 of the other distribution's mass.
 LOG_ZERO = -3e38
-INFINITE_LOSS = 1e10
 # Below this log-ratio the student's part of the mixture is less than one rounding error of the teacher's.
 LOWEST_LOG_RATIO = -80.0
 

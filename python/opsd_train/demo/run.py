@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from opsd_train.config import OPSDConfig
+from opsd_train.data import load_rows
 from opsd_train.demo import task
 from opsd_train.loading import load
 from opsd_train.options import parse
@@ -26,5 +27,8 @@ def demo(arguments: Sequence[str], console: Console) -> OPSDTrainer:
     with console.status("preparing"):
         model, tokenizer = load(str(MODEL))
         count = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-        rows = task.train_problems(count, torch.Generator().manual_seed(config.seed))
-        return make_trainer(model, tokenizer, rows, task.held_out_problems(), config)
+        drawn = task.train_problems(count, torch.Generator().manual_seed(config.seed))
+        rows, held_out = (
+            load_rows(problems, config.to_templates()) for problems in (drawn, task.held_out_problems())
+        )
+        return make_trainer(model, tokenizer, rows, held_out, config)

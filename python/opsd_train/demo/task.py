@@ -1,8 +1,8 @@
 """The demo's task: three-digit addition, written as text.
 
-A problem reads `123+456=` and its solution `579`. The student is shown the problem; the teacher is shown the solution
-in front of it (`579;123+456=`). About one problem in eight is held out, and `a+b` is held out exactly when `b+a` is:
-an accuracy on held-out problems speaks of sums that training never showed in either order.
+A problem reads `123+456=` and its solution `579`. The student is shown the problem; the teacher is shown the
+solution in front of it (`579;123+456=`). About one problem in eight is held out, and `a+b` is held out just
+when `b+a` is: an accuracy on held-out problems speaks of sums that training never showed in either order.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ class Problem:
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether training must never show `a+b` (one pair in eight, the same on every machine and in either order)."""
+    """Whether training must never show `a+b`: one pair in eight, the same everywhere and in either order."""
     key = f"{min(a, b)}+{max(a, b)}".encode()
     return hashlib.blake2s(key, digest_size=1).digest()[0] % 8 == 0
 
 
 def train_problems(count: int, generator: torch.Generator) -> list[dict[str, str]]:
-    """`count` problems that are not held out, drawn with replacement, as rows with `problem` and `solution`."""
+    """`count` problems that are not held out, with replacement, as rows with `problem` and `solution`."""
     return _draw(count, generator, held_out=False, distinct=False)
 
 
 def held_out_problems(count: int = HELD_OUT_COUNT, seed: int = HELD_OUT_SEED) -> list[dict[str, str]]:
-    """The first `count` of a fixed sequence of distinct held-out problems, as rows with `problem` and `solution`."""
+    """The first `count` distinct held-out problems of a fixed sequence, as rows like `train_problems`."""
     return _draw(count, torch.Generator().manual_seed(seed), held_out=True, distinct=True)
 
 

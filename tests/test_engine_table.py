@@ -1,0 +1,166 @@
+"""`divergences.def` in both of its languages, and what importing the engine brings along."""
+
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from opsd_kernels import Logits, Objective, divergences, loss, named_objectives
+from opsd_kernels.divergences import LETTERS, TABLE, table
+
+# What CUDA will do with the table, on the host: X-macro, two helpers, one function per expression.
+PROGRAM = r"""
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+
+static inline double times(double p, double x) { return p == 0 ? 0 : p * x; }
+static inline double kl_term(double p, double q, double x) {
+    return (x < 1 ? p * std::expm1(x) : q - p) - times(p, x);
+}
+
+#define DIVERGENCE(name, value, slack, weight)                                        \
+    struct name {                                                                     \
+        static void eval(double s, double t, double d, double rs, double rt,          \
+                         double beta, double* out) {                                  \
+            (void)s; (void)t; (void)d; (void)rs; (void)rt; (void)beta;                \
+            out[0] = (value); out[1] = (slack); out[2] = (weight);                    \
+        }                                                                             \
+    };
+#include "divergences.def"
+#undef DIVERGENCE
+
+int main() {
+    char wanted[64];
+    double s, t, d, rs, rt, beta, out[3];
+    while (std::scanf("%63s %lf %lf %lf %lf %lf %lf", wanted, &s, &t, &d, &rs, &rt, &beta) == 7) {
+#define DIVERGENCE(name, value, slack, weight) \
+        if (!std::strcmp(wanted, #name)) { name::eval(s, t, d, rs, rt, beta, out); }
+#include "divergences.def"
+#undef DIVERGENCE
+        std::printf("%.17g %.17g %.17g\n", out[0], out[1], out[2]);
+    }
+}
+"""
+
+
+def _times(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.where(p == 0, 0.0, p * x)
+
+
+def _kl_term(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x < 1, p * torch.expm1(x), q - p) - _times(p, x)
+
+
+def _inputs(count: int) -> list[tuple[float, ...]]:
+    """s, t, d, rs, rt, beta of entries from nearly equal to 15 orders of magnitude apart."""
+    rng = random.Random(0)
+    rows: list[tuple[float, ...]] = []
+    for _ in range(count):
+        ls = rng.uniform(-30, 0)
+        lt = ls + rng.choice((1e-6, 1e-2, 1.0, 5.0)) * rng.uniform(-1, 1)
+        beta = rng.choice((0.1, 0.5, 0.9))
+        x = torch.tensor([ls, lt], dtype=torch.float64)
+        s, t = x.exp()
+        lm = (beta * t + (1 - beta) * s).log()
+        rows.append((float(s), float(t), ls - lt, float(lm - x[0]), float(lm - x[1]), beta))
+    return rows
+
+
+def _in_python(name: str, rows: list[tuple[float, ...]]) -> torch.Tensor:
+    functions: dict[str, Callable[..., torch.Tensor]] = {"times": _times, "kl_term": _kl_term}
+    columns = torch.tensor(rows, dtype=torch.float64).T
+    line = table()[name]
+    sources = (line.value, line.slack, line.weight)
+    return torch.stack([divergences.compile_expression(x, functions)(*columns) for x in sources], -1)
+
+
+def test_the_table_parses() -> None:
+    assert list(table()) == ["forward_kl", "reverse_kl", "jsd"]
+    assert LETTERS == ("s", "t", "d", "rs", "rt", "beta")
+    assert [line.uses_mixture for line in table().values()] == [False, False, True]
+    for name, line in table().items():
+        assert line.name == name
+        assert all((line.value, line.slack, line.weight))
+    lines = [x for x in TABLE.read_text().splitlines() if x and not x.startswith("//")]
+    assert len(lines) == len(table()), "a line of the table that the parser does not see"
+
+
+@pytest.mark.parametrize("name", table())
+def test_every_divergence_has_a_definition_in_the_reference(name: str) -> None:
+    """And the table's three expressions fit it: value - slack is the term, weight its derivative."""
+    generator = torch.Generator().manual_seed(0)
+    z_s, z_t = torch.randn(2, 40, 23, generator=generator, dtype=torch.float64) * 2
+    objective = Objective(name, beta=0.3)
+    leaf = z_s.requires_grad_()
+    token = loss(Logits(leaf), Logits(z_t), objective=objective, reduction="none", backend="reference")
+    token.sum().backward()
+    ls, lt = z_s.detach().log_softmax(-1), z_t.log_softmax(-1)
+    s, t = ls.exp(), lt.exp()
+    lm = (0.3 * t + 0.7 * s).log()
+    rows = torch.stack([x.flatten() for x in (s, t, ls - lt, lm - ls, lm - lt, torch.full_like(s, 0.3))], -1)
+    value, slack, weight = (x.reshape(40, 23) for x in _in_python(name, rows.tolist()).unbind(-1))
+    torch.testing.assert_close(value.sum(-1), token.detach())
+    torch.testing.assert_close(slack.sum(-1), torch.zeros(40, dtype=torch.float64))
+    torch.testing.assert_close(weight - s * weight.sum(-1, keepdim=True), leaf.grad)
+
+
+@pytest.mark.parametrize("name", table())
+def test_the_terms_are_the_published_ones(name: str) -> None:
+    """Entry by entry, since that is what the entry clip compares with tau."""
+    rows = _inputs(300)
+    value, slack, _ = _in_python(name, rows).unbind(-1)
+    s, t, _, _, _, beta = torch.tensor(rows, dtype=torch.float64).T
+    m = beta * t + (1 - beta) * s
+    terms = {
+        "forward_kl": t * (t / s).log(),
+        "reverse_kl": s * (s / t).log(),
+        "jsd": beta * t * (t / m).log() + (1 - beta) * s * (s / m).log(),
+    }
+    torch.testing.assert_close(value - slack, terms[name], rtol=1e-7, atol=1e-16)
+
+
+def test_the_table_is_cplusplus_too(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ here to compile the table with")
+    (tmp_path / "host.cpp").write_text(PROGRAM)
+    binary = tmp_path / "host"
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(TABLE.parent), "host.cpp"]
+    subprocess.run([*command, "-o", str(binary)], cwd=tmp_path, check=True)
+    rows = _inputs(200)
+    for name in table():
+        lines = "".join(f"{name} {' '.join(f'{x:.17g}' for x in row)}\n" for row in rows)
+        run = subprocess.run([str(binary)], input=lines, capture_output=True, text=True, check=True)
+        found = torch.tensor([[float(x) for x in line.split()] for line in run.stdout.splitlines()])
+        torch.testing.assert_close(
+            found.double(), _in_python(name, rows).float().double(), rtol=1e-6, atol=1e-30
+        )
+
+
+def test_names() -> None:
+    assert list(named_objectives()) == ["forward_kl", "reverse_kl", "jsd", "opsd"]
+    assert named_objectives()["opsd"] == Objective("forward_kl", entry_clip=0.05, clip_mode="zero")
+    named_objectives().clear()
+    assert named_objectives(), "a copy: nobody can edit the registry through it"
+
+
+def test_importing_the_engine_imports_torch_alone() -> None:
+    """In a fresh process: nothing beyond torch, the standard library and the engine itself."""
+    program = """
+import sys
+import torch
+before = set(sys.modules)
+import opsd_kernels
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(new - set(sys.stdlib_module_names)))
+print(*sorted({"transformers", "triton", "numpy", "peft", "opsd_train"} & new))
+print("opsd_kernels.testing" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["opsd_kernels", "", "False"]
