@@ -54,6 +54,18 @@ def test_close_logits(rows: int, vocab: int, objective: Any, gap: float) -> None
     assert_accurate("dz", outcome.gradients["z"], truth.gradients["z"], eager.gradients["z"], cosine=1e-3)
 
 
+@pytest.mark.parametrize("gap", [1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Objective("jsd", beta=0.9)], ids=str)
+def test_never_negative_where_no_digit_is_left(objective: Any, gap: float) -> None:
+    """Logits that differ in their last bits: the sum of a JSD's terms comes out at -1e-14 in many rows."""
+    for vocab in (2, 5, 30):
+        case = (
+            logits_case(2000, vocab, gap=gap).to(torch.float32).having(objective=objective, reduction="none")
+        )
+        assert (evaluate(loss, case).loss >= 0).all()
+        assert (loss(case.student, case.teacher, **case.options) >= 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("gap", [1e-1, 1e-3])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])

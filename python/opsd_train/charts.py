@@ -63,7 +63,7 @@ def charts(run: Run) -> dict[str, list[Chart]]:
         _of_metrics(run, "Speed", "tokens/s", tokens_per_second=""),
         _of_metrics(run, "Memory", "GB", memory_gb=""),
         _of_metrics(run, "Completion length", "tokens", completion_length=""),
-        _of_metrics(run, "Clipped entries", "%", scale=100, clipped_fraction=""),
+        _of_metrics(run, "Clipped share", "%", scale=100, clipped_fraction=""),
         _of_metrics(run, "Gradient norm", "", grad_norm=""),
         _of_metrics(run, "Learning rate", "", noisy=False, learning_rate=""),
     ]

@@ -176,7 +176,7 @@ def pretrain(
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast, Record]:
     """Train until the held-out accuracies are where `options` wants them.
 
-    Raises `RuntimeError` where the accuracy without the hint passes its target, or `max_steps` end, before that.
+    Raises `RuntimeError` where the accuracy without the hint passes its window, or the steps end, before.
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
