@@ -13,7 +13,8 @@ class Hidden:
     Args:
         hidden: `[..., H]`, the backbone's last hidden states.
         weight: `[V, H]`, the head (`lm_head.weight`).
-        bias: `[V]` or None. Entries of -inf take a column out of the vocabulary.
+        bias: `[V]` or None. Entries of -inf take a column out of the vocabulary, unless a soft-cap makes them
+            finite.
         logit_scale: multiplies the logits (Cohere's `logit_scale`; 1 / Granite's `logits_scaling`).
         softcap: `cap(z) = softcap * tanh(z / softcap)` (Gemma 2's `final_logit_softcapping`); None: no cap.
     """

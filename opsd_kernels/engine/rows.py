@@ -17,12 +17,12 @@ class RowStatistics(NamedTuple):
     """Loss of the token, clips applied."""
     top_s: torch.Tensor
     """Largest student logit."""
+    sum_s: torch.Tensor
+    """sum exp(z_s - top_s)."""
     top_t: torch.Tensor
     """Largest teacher logit."""
-    log_sum_s: torch.Tensor
-    """log sum exp(z_s - top_s)."""
-    log_sum_t: torch.Tensor
-    """log sum exp(z_t - top_t)."""
+    sum_t: torch.Tensor
+    """sum exp(z_t - top_t)."""
     total: torch.Tensor
     """sum_v a_v / sum_v s_v."""
     scale: torch.Tensor

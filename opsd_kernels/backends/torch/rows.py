@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from opsd_kernels.backends.torch.terms import LOG_ZERO, Entries, log_probs
+from opsd_kernels.backends.torch.terms import LOG_ZERO, Entries, Softmax
 from opsd_kernels.engine.rows import RowStatistics, clip_tokens, clipped_fraction, divergence
 from opsd_kernels.objectives import Objective
 
@@ -16,12 +16,11 @@ def row_loss(z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective) -> RowS
     """Statistics of the rows of `z_s` and `z_t` `[C, V]`, which are left as they are."""
     parts = []
     for rows in _blocks(z_s):
-        ls, lt = log_probs(z_s[rows]), log_probs(z_t[rows])
-        entries = Entries(ls, lt, objective)
+        student, teacher = Softmax(z_s[rows]), Softmax(z_t[rows])
+        entries = Entries(student, teacher, objective)
         loss, scale = _token_loss(entries)
-        tops = z_s[rows].amax(-1), z_t[rows].amax(-1)
-        log_sums = -ls.amax(-1), -lt.amax(-1)
-        parts.append(RowStatistics(loss, *tops, *log_sums, _total(entries), scale))
+        sums = student.top, student.total, teacher.top, teacher.total
+        parts.append(RowStatistics(loss, *sums, _total(entries), scale))
     return RowStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -41,7 +40,7 @@ def row_gradient_(
     """
     losses = []
     for rows in _blocks(z_s):
-        entries = Entries(log_probs(z_s[rows]), log_probs(z_t[rows]), objective)
+        entries = Entries(Softmax(z_s[rows]), Softmax(z_t[rows]), objective)
         loss, scale = _token_loss(entries)
         losses.append(loss)
         _write_gradient(z_t[rows], entries, _total(entries), scale * coefficient[rows])
@@ -57,9 +56,9 @@ def slab_gradient_(
 ) -> None:
     """As `row_gradient_` for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
     for rows in _blocks(z_s):
-        ls = _log_probs_of_slab(z_s[rows], statistics.top_s[rows], statistics.log_sum_s[rows])
-        lt = _log_probs_of_slab(z_t[rows], statistics.top_t[rows], statistics.log_sum_t[rows])
-        entries = Entries(ls, lt, objective)
+        student = Softmax(z_s[rows], statistics.top_s[rows], statistics.sum_s[rows])
+        teacher = Softmax(z_t[rows], statistics.top_t[rows], statistics.sum_t[rows])
+        entries = Entries(student, teacher, objective)
         scale = statistics.scale[rows] * coefficient[rows]
         _write_gradient(z_t[rows], entries, statistics.total[rows], scale)
 
@@ -70,16 +69,16 @@ def row_stats(
     """`[C]` values of every field of `TokenStats`; `token_ids` is `[C]`."""
     parts = []
     for rows in _blocks(z_s):
-        ls, lt = log_probs(z_s[rows]), log_probs(z_t[rows])
+        student, teacher = Softmax(z_s[rows]), Softmax(z_t[rows])
         divergences = ("forward_kl", "reverse_kl", "jsd")
-        part = {name: _token_loss(Entries(ls, lt, Objective(name)))[0] for name in divergences}
+        part = {name: _token_loss(Entries(student, teacher, Objective(name)))[0] for name in divergences}
         ids = token_ids[rows, None]
-        part["student_entropy"] = _entropy(ls)
-        part["teacher_entropy"] = _entropy(lt)
-        part["student_logprob"] = _log_prob_of(ids, ls)
-        part["teacher_logprob"] = _log_prob_of(ids, lt)
-        part["top1_agreement"] = (ls.argmax(-1) == lt.argmax(-1)).to(ls.dtype)
-        part["clipped_fraction"] = _clipped_fraction(Entries(ls, lt, objective))
+        part["student_entropy"] = _entropy(student)
+        part["teacher_entropy"] = _entropy(teacher)
+        part["student_logprob"] = _log_prob_of(ids, student.log_p)
+        part["teacher_logprob"] = _log_prob_of(ids, teacher.log_p)
+        part["top1_agreement"] = (student.p.argmax(-1) == teacher.p.argmax(-1)).to(student.p.dtype)
+        part["clipped_fraction"] = _clipped_fraction(Entries(student, teacher, objective))
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -92,16 +91,8 @@ def _blocks(z: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, z.shape[0]))
 
 
-def _log_probs_of_slab(z: torch.Tensor, top: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:
-    """`log_probs` for some columns of a row, with the same roundings."""
-    return (z - top[:, None]).sub_(log_sum[:, None]).clamp_(min=LOG_ZERO)
-
-
 def _total(entries: Entries) -> torch.Tensor:
-    """sum_v a_v / sum_v s_v. The divisor is 1 but for rounding: 5e-6 at V = 30,000 on a CPU.
-
-    In the gradient a - s total that would be a multiple of s in every row; with the divisor rows sum to 0.
-    """
+    """sum_v a_v / sum_v s_v. The divisor is 1 but for rounding, which would add a multiple of s to a row."""
     return entries.weight.sum(-1) / entries.s.sum(-1)
 
 
@@ -121,8 +112,8 @@ def _log_prob_of(ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return torch.where(chosen <= LOG_ZERO, -torch.inf, chosen)
 
 
-def _entropy(log_p: torch.Tensor) -> torch.Tensor:
-    return -(log_p.exp() * log_p).sum(-1)
+def _entropy(softmax: Softmax) -> torch.Tensor:
+    return -(softmax.p * softmax.log_p).sum(-1)
 
 
 def _clipped_fraction(entries: Entries) -> torch.Tensor:

@@ -95,13 +95,13 @@ def loss_kernel(
 ):  # fmt: skip
     """Sums of the value, of the weight a and of s over each part of a row.
 
-    normaliser: [C, 4] student's maximum and log sum, teacher's maximum and log sum of whole rows.
+    normaliser: [C, 4] student's maximum and sum of exp(z - maximum), teacher's likewise, of whole rows.
     partial: [C, SPLITS, 3].
     """
     row = tl.program_id(0).to(tl.int64)
     first, last = _columns(V, SPLITS, BLOCK)
-    top_s, log_sum_s = tl.load(normaliser + row * 4), tl.load(normaliser + row * 4 + 1)
-    top_t, log_sum_t = tl.load(normaliser + row * 4 + 2), tl.load(normaliser + row * 4 + 3)
+    top_s, log_sum_s = tl.load(normaliser + row * 4), tl.log(tl.load(normaliser + row * 4 + 1))
+    top_t, log_sum_t = tl.load(normaliser + row * 4 + 2), tl.log(tl.load(normaliser + row * 4 + 3))
     loss, total, mass = 0.0, 0.0, 0.0
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -129,8 +129,8 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     first, last = _columns(V, SPLITS, BLOCK)
-    top_s, log_sum_s = tl.load(normaliser + row * 4), tl.load(normaliser + row * 4 + 1)
-    top_t, log_sum_t = tl.load(normaliser + row * 4 + 2), tl.load(normaliser + row * 4 + 3)
+    top_s, log_sum_s = tl.load(normaliser + row * 4), tl.log(tl.load(normaliser + row * 4 + 1))
+    top_t, log_sum_t = tl.load(normaliser + row * 4 + 2), tl.log(tl.load(normaliser + row * 4 + 3))
     row_total, row_scale = tl.load(total + row), tl.load(scale + row)
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -153,8 +153,8 @@ def stats_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     first, last = _columns(V, SPLITS, BLOCK)
-    top_s, log_sum_s = tl.load(normaliser + row * 4), tl.load(normaliser + row * 4 + 1)
-    top_t, log_sum_t = tl.load(normaliser + row * 4 + 2), tl.load(normaliser + row * 4 + 3)
+    top_s, log_sum_s = tl.load(normaliser + row * 4), tl.log(tl.load(normaliser + row * 4 + 1))
+    top_t, log_sum_t = tl.load(normaliser + row * 4 + 2), tl.log(tl.load(normaliser + row * 4 + 3))
     forward, reverse, jsd, entropy_s, entropy_t, positive, kept = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     best_s, best_t = -float("inf"), -float("inf")
     column_s, column_t = 0, 0

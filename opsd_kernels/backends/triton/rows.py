@@ -22,8 +22,8 @@ def row_loss(z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective) -> RowS
     normaliser = _normaliser(z_s, z_t)
     value, weight, mass = _sums(z_s, z_t, normaliser, objective)
     loss, scale = clip_tokens(divergence(value, objective), objective)
-    top_s, log_sum_s, top_t, log_sum_t = normaliser.unbind(-1)
-    return RowStatistics(loss, top_s, top_t, log_sum_s, log_sum_t, weight / mass, scale)
+    top_s, sum_s, top_t, sum_t = normaliser.unbind(-1)
+    return RowStatistics(loss, top_s, sum_s, top_t, sum_t, weight / mass, scale)
 
 
 def row_gradient_(
@@ -43,7 +43,7 @@ def slab_gradient_(
     coefficient: torch.Tensor,
 ) -> None:
     """As `row_gradient_` for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
-    columns = (statistics.top_s, statistics.log_sum_s, statistics.top_t, statistics.log_sum_t)
+    columns = (statistics.top_s, statistics.sum_s, statistics.top_t, statistics.sum_t)
     normaliser = torch.stack(columns, dim=-1)
     scale = (statistics.scale * coefficient).contiguous()
     rows = (normaliser, statistics.total.contiguous(), scale)
@@ -59,7 +59,7 @@ def row_stats(
     _launch(kernels.stats_kernel, z_s, z_t, (normaliser, partial), objective, clip=False)
     forward, reverse, jsd, entropy_s, entropy_t, positive, kept = partial[..., :7].sum(1).unbind(-1)
     loss = divergence(_sums(z_s, z_t, normaliser, objective)[0], objective)
-    top_s, log_sum_s, top_t, log_sum_t = normaliser.unbind(-1)
+    top_s, sum_s, top_t, sum_t = normaliser.unbind(-1)
     ids = token_ids[:, None]
     return {
         "forward_kl": divergence(forward, Objective("forward_kl")),
@@ -67,15 +67,15 @@ def row_stats(
         "jsd": divergence(jsd, Objective("jsd")),
         "student_entropy": entropy_s,
         "teacher_entropy": entropy_t,
-        "student_logprob": z_s.gather(-1, ids)[:, 0] - top_s - log_sum_s,
-        "teacher_logprob": z_t.gather(-1, ids)[:, 0] - top_t - log_sum_t,
+        "student_logprob": z_s.gather(-1, ids)[:, 0] - top_s - sum_s.log(),
+        "teacher_logprob": z_t.gather(-1, ids)[:, 0] - top_t - sum_t.log(),
         "top1_agreement": (_first_best(partial[..., 7:9]) == _first_best(partial[..., 9:])).float(),
         "clipped_fraction": clipped_fraction(positive, kept, loss, objective),
     }
 
 
 def _normaliser(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
-    """`[C, 4]` student's maximum and log sum exp(z - maximum), teacher's likewise."""
+    """`[C, 4]` student's maximum and sum of exp(z - maximum), teacher's likewise."""
     partial = _partial(z_s, 4)
     grid = (z_s.shape[0], SPLITS)
     arguments = (z_s, z_t, partial, z_s.shape[1], z_s.stride(0), z_t.stride(0))
@@ -84,8 +84,8 @@ def _normaliser(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
     tops, sums = partial[..., 0::2], partial[..., 1::2]
     top = tops.amax(1)
     # A part of excluded columns alone has a maximum of -inf and a sum of 0.
-    log_sum = (sums * torch.exp(tops - top[:, None]).nan_to_num(0.0)).sum(1).log()
-    return torch.stack((top[:, 0], log_sum[:, 0], top[:, 1], log_sum[:, 1]), dim=-1)
+    total = (sums * torch.exp(tops - top[:, None]).nan_to_num(0.0)).sum(1)
+    return torch.stack((top[:, 0], total[:, 0], top[:, 1], total[:, 1]), dim=-1)
 
 
 def _sums(
