@@ -1,8 +1,8 @@
 """The public functions: validate, find the live rows, choose a backend, reduce."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -92,18 +92,18 @@ def loss(
     call = _Call.of(student, teacher, weight, vocab_size, mask, token_ids, temperature, workspace_bytes)
     validation.check_rows("token_weight", token_weight, call.student, validation.FLOATS)
     validation.check_reduction(reduction, denominator)
-    live = call.live(token_weight)
-    problem = call.problem(get_objective(objective), live)
+    problem = call.problem(get_objective(objective), token_weight)
     name, module = _backend(backend, problem)
-    coefficient = _live_weights(problem, token_weight)
-    if reduction == "mean":
-        coefficient = coefficient / call.token_count(denominator)
     if name == backends.REFERENCE:
-        token = module.token_loss(problem) * coefficient
-        return call.spread(problem, token) if reduction == "none" else token.sum()
+        tokens = module.token_loss(problem) * problem.weight
+        total = tokens.sum()
+    elif reduction == "none":
+        tokens = autograd.token_loss(problem, module) * problem.weight
+    else:
+        total = autograd.weighted_sum(problem, module)
     if reduction == "none":
-        return call.spread(problem, autograd.token_loss(problem, module) * coefficient)
-    return autograd.reduced_loss(call.problem(problem.objective, live, coefficient), module)
+        return call.spread(problem, tokens)
+    return total / call.token_count(denominator, problem.dtype) if reduction == "mean" else total
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def token_stats(
         ValueError: names the argument, what was expected and what came.
     """
     call = _Call.of(student, teacher, weight, vocab_size, mask, token_ids, temperature, workspace_bytes)
-    problem = call.problem(get_objective(objective), call.live(None))
+    problem = call.problem(get_objective(objective), None)
     name, module = _backend(backend, problem)
     ids = torch.zeros(problem.total_rows, dtype=torch.int64, device=problem.device)
     if token_ids is not None:
@@ -172,46 +172,48 @@ class _Call:
         temperature: float,
         workspace_bytes: int | None,
     ) -> "_Call":
+        validation.check_weight_is_used(student, teacher, weight)
         s = validation.as_source("student", student, weight)
         t = validation.as_source("teacher", teacher, weight)
         validation.check_pair(s, t)
         vocab = validation.common_vocab(s, t, vocab_size)
         validation.check_rows("mask", mask, s, (torch.bool,))
         validation.check_rows("token_ids", token_ids, s, validation.IDS)
-        live_ids = token_ids if token_ids is None or mask is None else token_ids[mask]
-        validation.check_ids(live_ids, vocab)
+        validation.check_ids(token_ids, mask, vocab)
         validation.check_positive("temperature", temperature)
         if workspace_bytes is not None:
             validation.check_positive("workspace_bytes", workspace_bytes)
             workspace_bytes = int(workspace_bytes)  # 2e9 is a natural way to write it
         return cls(s, t, vocab, mask, temperature, workspace_bytes)
 
-    def live(self, token_weight: torch.Tensor | None) -> torch.Tensor | None:
-        """`[n]` indices of the rows that count, None for all of them."""
+    def problem(self, objective: Objective, token_weight: torch.Tensor | None) -> Problem:
+        """The engine's view of this call: flat, with the indices and weights of the rows that count."""
         keep = self.mask
         if token_weight is not None:
             nonzero = token_weight != 0
             keep = nonzero if keep is None else keep & nonzero
-        return None if keep is None else keep.reshape(-1).nonzero()[:, 0]
-
-    def problem(
-        self, objective: Objective, rows: torch.Tensor | None, coefficient: torch.Tensor | None = None
-    ) -> Problem:
-        """The engine's view of this call."""
-        return Problem(
+        rows = None if keep is None else keep.reshape(-1).nonzero()[:, 0]
+        n = self.student.lead.numel() if rows is None else rows.numel()
+        weight = torch.ones(n, device=self.student.device)
+        if token_weight is not None:
+            weight = token_weight.reshape(-1)[rows]
+        problem = Problem(
             student=self.student.flat(self.vocab),
             teacher=self.teacher.flat(self.vocab),
             objective=objective,
             temperature=float(self.temperature),
             rows=rows,
-            coefficient=coefficient,
+            weight=weight,
             workspace_bytes=self.workspace_bytes,
         )
+        return replace(problem, weight=weight.to(problem.dtype))
 
-    def token_count(self, denominator: float | torch.Tensor | None) -> float | torch.Tensor:
+    def token_count(
+        self, denominator: float | torch.Tensor | None, dtype: torch.dtype
+    ) -> float | torch.Tensor:
         """The mean's denominator: the caller's, or the number of unmasked tokens, at least 1."""
         if isinstance(denominator, torch.Tensor):
-            return denominator.reshape(()).to(_device(self.student))
+            return denominator.reshape(()).to(self.student.device, dtype)
         if denominator is not None:
             return denominator
         if self.mask is not None:
@@ -227,17 +229,3 @@ def _backend(asked: str, problem: Problem) -> tuple[str, ModuleType]:
     """Name and module of the backend."""
     name = backends.choose(asked, problem.device)
     return name, backends.load(name, problem.device, problem.dtype)
-
-
-def _live_weights(problem: Problem, token_weight: torch.Tensor | None) -> torch.Tensor:
-    like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
-    if token_weight is None:
-        return torch.ones(problem.live_rows, **like)
-    weights = token_weight.reshape(-1).to(**like)
-    return weights if problem.rows is None else weights[problem.rows]
-
-
-def _device(source: Source) -> torch.device:
-    tensor = source.tensors[0]
-    assert tensor is not None
-    return tensor.device

@@ -36,14 +36,14 @@ class Objective:
         if self.divergence not in divergences.table():
             known = ", ".join(divergences.table())
             raise ValueError(f"divergence: expected one of {known}; got {self.divergence!r}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta: expected a number in [0, 1]; got {self.beta}")
+        if not _is_number(self.beta) or not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: expected a number in [0, 1]; got {self.beta!r}")
         if self.clip_mode not in CLIP_MODES:
             raise ValueError(f"clip_mode: expected one of {', '.join(CLIP_MODES)}; got {self.clip_mode!r}")
         for name in ("entry_clip", "token_clip"):
             bound = getattr(self, name)
-            if bound is not None and not bound > 0:
-                raise ValueError(f"{name}: expected a number above 0 or None; got {bound}")
+            if bound is not None and not (_is_number(bound) and bound > 0):
+                raise ValueError(f"{name}: expected a number above 0 or None; got {bound!r}")
 
     @property
     def term(self) -> divergences.Divergence:
@@ -52,6 +52,10 @@ class Objective:
         if name == "jsd" and self.beta in (0, 1):
             name = "forward_kl" if self.beta == 0 else "reverse_kl"
         return divergences.table()[name]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _NAMED = {
@@ -71,7 +75,7 @@ def get_objective(objective: str | Objective) -> Objective:
     """The objective itself, or the one of that name; ValueError lists the names."""
     if isinstance(objective, Objective):
         return objective
-    if objective in _NAMED:
+    if isinstance(objective, str) and objective in _NAMED:
         return _NAMED[objective]
     close = difflib.get_close_matches(str(objective), _NAMED, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""

@@ -31,6 +31,11 @@ class Hidden:
         return self.hidden.shape[:-1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.hidden.device
+
+    @property
     def vocab(self) -> int:
         """Columns of the distribution."""
         return self.weight.shape[0]
@@ -65,6 +70,11 @@ class Logits:
     def lead(self) -> torch.Size:
         """Shape of the token dimensions."""
         return self.z.shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor lives."""
+        return self.z.device
 
     @property
     def vocab(self) -> int:

@@ -30,6 +30,14 @@ def as_source(name: str, value: Any, weight: torch.Tensor | None) -> Source:
     return value
 
 
+def check_weight_is_used(student: Any, teacher: Any, weight: torch.Tensor | None) -> None:
+    """A head that no bare tensor needs is a mistake, not a spare."""
+    if weight is not None and not any(isinstance(x, torch.Tensor) for x in (student, teacher)):
+        raise ValueError(
+            "weight: expected None, since student and teacher are sources of their own; got a tensor"
+        )
+
+
 def common_vocab(student: Source, teacher: Source, vocab_size: int | None) -> int:
     """V, after checking that both sources have it (or at least `vocab_size`, which cuts padding off)."""
     if vocab_size is None:
@@ -40,7 +48,7 @@ def common_vocab(student: Source, teacher: Source, vocab_size: int | None) -> in
             )
         return student.vocab
     smaller = min(student.vocab, teacher.vocab)
-    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= smaller:
+    if type(vocab_size) is not int or not 1 <= vocab_size <= smaller:
         raise ValueError(
             f"vocab_size: expected an int in [1, {smaller}], the smaller vocabulary; got {vocab_size}"
         )
@@ -92,9 +100,13 @@ def check_rows(
         )
 
 
-def check_ids(token_ids: torch.Tensor | None, vocab: int) -> None:
-    """Ids within the vocabulary. On a CPU only: elsewhere reading them would wait for the device."""
-    if token_ids is None or token_ids.device.type != "cpu" or token_ids.numel() == 0:
+def check_ids(token_ids: torch.Tensor | None, mask: torch.Tensor | None, vocab: int) -> None:
+    """Unmasked ids within the vocabulary. On a CPU only: elsewhere reading them would wait for the device."""
+    if token_ids is None or token_ids.device.type != "cpu":
+        return
+    if mask is not None:
+        token_ids = token_ids[mask]
+    if token_ids.numel() == 0:
         return
     low, high = int(token_ids.min()), int(token_ids.max())
     if low < 0 or high >= vocab:
@@ -115,6 +127,8 @@ def check_reduction(reduction: str, denominator: Any) -> None:
                 "denominator: expected a number or a constant tensor of one element; got shape "
                 f"{tuple(denominator.shape)}, requires_grad={denominator.requires_grad}"
             )
+        if denominator.device.type == "cpu":  # elsewhere reading it would wait for the device
+            check_positive("denominator", denominator.item())
     else:
         check_positive("denominator", denominator)
 

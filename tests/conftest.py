@@ -12,12 +12,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 @pytest.fixture(autouse=True)
 def _engine_conditions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """For the engine's tests: one thread (small cases), and memory from `torch.empty` is full of NaN.
+    """For the engine and its kernels: one thread, and memory from `torch.empty` is full of NaN.
 
     PyTorch poisons uninitialised memory in its deterministic mode, so a buffer or accumulator that is read
     before it is written shows.
     """
-    if not request.module.__name__.startswith("test_engine"):
+    if not request.module.__name__.startswith(("test_engine", "test_triton")):
         yield
         return
     threads = torch.get_num_threads()

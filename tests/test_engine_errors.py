@@ -35,6 +35,10 @@ def _student(**fields: Any) -> dict[str, Any]:
 SOURCES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no head": (_call(weight=None), ("weight", "[V, H]", "None", "Logits")),
     "no head for the teacher": (_call(student=Logits(Z), weight=None), ("weight", "`teacher`", "None")),
+    "a head that nobody needs": (
+        _call(student=Logits(Z), teacher=Logits(Z)),
+        ("weight", "None, since student and teacher are sources", "tensor"),
+    ),
     "a list": (_call(student=[1.0]), ("student", "tensor, Hidden or Logits", "list")),
     "no teacher": (_call(teacher=None), ("teacher", "tensor, Hidden or Logits", "NoneType")),
     "integers": (_call(student=IDS), ("student.hidden", "floating-point", "torch.int64")),
@@ -99,6 +103,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         _call(teacher=Logits(Z[..., :9]), vocab_size=10),
         ("vocab_size", "[1, 9]", "10"),
     ),
+    "vocab_size is a flag": (_call(vocab_size=True), ("vocab_size", "int", "True")),
     "vocab_size is a float": (_call(vocab_size=5.0), ("vocab_size", "int", "5.0")),
     "workspace": (_call(workspace_bytes=0), ("workspace_bytes", "above 0", "0")),
     "backend": (_call(backend="cudnn"), ("backend", "auto", "reference", "'cudnn'")),
@@ -122,6 +127,8 @@ LOSS_ONLY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "denominator of none": (_call(reduction="none", denominator=3.0), ("denominator", "None", "3.0")),
     "denominator 0": (_call(denominator=0), ("denominator", "above 0", "0")),
     "denominator is text": (_call(denominator="3"), ("denominator", "number", "'3'")),
+    "denominator tensor of 0": (_call(denominator=torch.zeros(())), ("denominator", "above 0", "0.0")),
+    "NaN denominator": (_call(denominator=torch.full((1,), torch.nan)), ("denominator", "finite", "nan")),
     "two denominators": (_call(denominator=torch.ones(2)), ("denominator", "one element", "(2,)")),
     "trained denominator": (
         _call(denominator=torch.ones((), requires_grad=True)),
@@ -133,6 +140,9 @@ OBJECTIVES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "beta above 1": (lambda: Objective("jsd", beta=1.1), ("beta", "[0, 1]", "1.1")),
     "beta below 0": (lambda: Objective("jsd", beta=-0.1), ("beta", "[0, 1]", "-0.1")),
     "NaN beta": (lambda: Objective("jsd", beta=float("nan")), ("beta", "[0, 1]", "nan")),
+    "beta is text": (lambda: Objective("jsd", beta="x"), ("beta", "[0, 1]", "'x'")),  # type: ignore[arg-type]
+    "clip is text": (lambda: Objective(entry_clip="1"), ("entry_clip", "above 0", "'1'")),  # type: ignore[arg-type]
+    "a list": (lambda: get_objective(["jsd"]), ("objective", "opsd", "['jsd']")),  # type: ignore[arg-type]
     "entry clip": (lambda: Objective(entry_clip=0.0), ("entry_clip", "above 0", "0.0")),
     "NaN entry clip": (lambda: Objective(entry_clip=float("nan")), ("entry_clip", "above 0", "nan")),
     "token clip": (lambda: Objective(token_clip=-1.0), ("token_clip", "above 0", "-1.0")),

@@ -11,8 +11,12 @@ from opsd_kernels.engine.problem import Problem
 from opsd_kernels.engine.rows import RowStatistics
 
 
-def reduced_loss(problem: Problem, backend: ModuleType) -> Tensor:
-    """Scalar sum of coefficient x token loss, by design A; without gradient the two logits GEMMs alone."""
+def weighted_sum(problem: Problem, backend: ModuleType) -> Tensor:
+    """Scalar sum of weight x token loss, by design A; without gradient the two logits GEMMs alone.
+
+    A mean divides it afterwards, so that its 1 / N reaches the fp32 gradients in the backward: in the fp16
+    operands of the GEMMs it would underflow.
+    """
     if not _needs_gradient(problem):
         with torch.no_grad():  # a tensor of the teacher's may still be a parameter
             return chunk_store.loss_only(problem, backend)
@@ -59,8 +63,10 @@ class _SlabRecompute(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, backend: ModuleType, *tensors: Tensor | None) -> Tensor:
         statistics = slab_recompute.forward(problem, backend)
         ctx.problem, ctx.backend = problem, backend
-        # Inputs are saved through autograd, which raises if one is changed in place before the backward.
-        ctx.save_for_backward(problem.rows, *tensors, *problem.teacher.tensors, *statistics)
+        # Inputs are saved through autograd, which raises if one is changed in place before the backward; it
+        # cannot save those of torch.inference_mode().
+        teacher = [x for x in problem.teacher.tensors if x is not None and not x.is_inference()]
+        ctx.save_for_backward(problem.rows, *tensors, *teacher, *statistics)
         return statistics.loss.clone()
 
     @staticmethod

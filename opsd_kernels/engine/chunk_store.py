@@ -51,7 +51,7 @@ class Chunks:
 def loss_and_gradients(
     problem: Problem, backend: ModuleType, wanted: tuple[bool, ...]
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Reduced loss and the gradients of the student's tensors.
+    """Weighted sum of the token losses and its gradients by the student's tensors.
 
     Args:
         problem: the work.
@@ -67,21 +67,21 @@ def loss_and_gradients(
     loss = torch.zeros((), dtype=problem.dtype, device=problem.device)
     for span in chunks.spans:
         z_s, z_t = chunks.logits(span)
-        coefficient = _coefficient(problem, span)
-        losses = backend.row_gradient_(z_s, z_t, problem.objective, coefficient * chunks.student.slope)
-        loss += (losses * coefficient).sum()  # autocast would round the operands of `@`
+        weight = problem.weight[span]
+        losses = backend.row_gradient_(z_s, z_t, problem.objective, weight * chunks.student.slope)
+        loss += (losses * weight).sum()  # autocast would round the operands of `@`
         chunks.student.through_cap_(z_t, z_s)
         gradients.add_(chunks.student, z_t, span)
     return loss, gradients.as_list()
 
 
 def loss_only(problem: Problem, backend: ModuleType) -> torch.Tensor:
-    """Reduced loss with two GEMMs, when no gradient is needed."""
+    """Weighted sum of the token losses with two GEMMs, when no gradient is needed."""
     chunks = Chunks.of(problem)
     loss = torch.zeros((), dtype=problem.dtype, device=problem.device)
     for span in chunks.spans:
         losses = backend.row_loss(*chunks.logits(span), problem.objective).loss
-        loss += (losses * _coefficient(problem, span)).sum()
+        loss += (losses * problem.weight[span]).sum()
     return loss
 
 
@@ -93,13 +93,6 @@ def token_stats(
     return [
         backend.row_stats(*chunks.logits(span), problem.objective, token_ids[span]) for span in chunks.spans
     ]
-
-
-def _coefficient(problem: Problem, span: slice) -> torch.Tensor:
-    if problem.coefficient is None:
-        rows = span.stop - span.start
-        return torch.ones(rows, dtype=problem.dtype, device=problem.device)
-    return problem.coefficient[span]
 
 
 @dataclass

@@ -18,17 +18,17 @@ class Problem:
         objective: the token loss.
         temperature: T; both distributions are softmax(z / T). The loss carries no factor T^2.
         rows: `[n]` int64 indices of the live rows, None when all N are. Dead rows never reach a GEMM.
-        coefficient: `[n]` factor of each live row's loss in the reduced result, None for 1.
+        weight: `[n]` factor of each live row's loss.
         workspace_bytes: budget for the two logits buffers, None for the device's default.
     """
 
     student: Source
     teacher: Source
     objective: Objective
-    temperature: float = 1.0
-    rows: torch.Tensor | None = None
-    coefficient: torch.Tensor | None = None
-    workspace_bytes: int | None = None
+    temperature: float
+    rows: torch.Tensor | None
+    weight: torch.Tensor
+    workspace_bytes: int | None
 
     @property
     def total_rows(self) -> int:
@@ -48,7 +48,7 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where every tensor of the problem lives."""
-        return _first(self.student).device
+        return self.student.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,9 +61,3 @@ class Problem:
         if self.rows is None:
             return live
         return live.new_zeros(self.total_rows, *live.shape[1:]).index_copy_(0, self.rows, live)
-
-
-def _first(source: Source) -> torch.Tensor:
-    tensor = source.tensors[0]
-    assert tensor is not None
-    return tensor

@@ -53,7 +53,7 @@ def logits(source: Source, rows: torch.Tensor | None = None) -> torch.Tensor:
 
 def _log_probs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     z_s = logits(problem.student, problem.rows)
-    z_t = logits(problem.teacher, problem.rows).detach()
+    z_t = logits(problem.teacher, problem.rows).detach().clone()  # a tensor of inference_mode cannot be saved
     dtype = torch.promote_types(z_s.dtype, z_t.dtype)
     return tuple(F.log_softmax(z.to(dtype) / problem.temperature, dim=-1) for z in (z_s, z_t))  # type: ignore[return-value]
 

@@ -125,7 +125,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """scale (a - s total) in place of the teacher's logits; V columns of whole rows, or a slab of them.
 
-    normaliser: [C, 4] as in `loss_kernel`. total: [C] sum of a. scale: [C].
+    normaliser: [C, 4] as in `loss_kernel`. total: [C] sum of a over sum of s. scale: [C].
     """
     row = tl.program_id(0).to(tl.int64)
     first, last = _columns(V, SPLITS, BLOCK)

@@ -1,5 +1,6 @@
 """Launches of the row kernels, and the row-sized arithmetic between them."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _partial(z: torch.Tensor, width: int) -> torch.Tensor:
 
 def _device(z: torch.Tensor) -> Any:
     """Launches go to the current device, which need not be the tensors'."""
-    return torch.cuda.device(z.device) if z.is_cuda else torch.no_grad()
+    return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
 
 
 def _first_best(candidates: torch.Tensor) -> torch.Tensor:
