@@ -2,14 +2,16 @@
 
 Contenders run in one process, interleaved (ABBA) with the bare matrix products that bound the time from
 below; ratios are to be read, not seconds. Memory is measured in a process per contender. Results go to the
-screen and, with --out, to JSON and Markdown.
+screen and, with --out, to JSON and Markdown. A contender whose gradient is less accurate than twice eager
+PyTorch's is named, and the exit code is 1.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from bench.cases import Case
-from bench.measure import Result, run
+from bench.measure import Result, run, worse_than_eager
 from bench.tables import show, write
 
 
@@ -52,6 +54,10 @@ def main() -> None:
         show(case, results[-1])
     if arguments.out is not None:
         write(arguments.out, cases, results)
+    wrong = [result for group in results for result in worse_than_eager(group)]
+    for result in wrong:
+        print(f"WRONG {result.contender}, {result.objective}: more than twice eager's gradient error")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.cases import Case, Inputs
-from bench.contenders import CONTENDERS, FLOOR
+from bench.contenders import CONTENDERS, EAGER, FLOOR
 from opsd_kernels import loss
 
 ACCURACY_ROWS = 256
@@ -124,6 +124,20 @@ def run(case: Case, repeats: int) -> list[Result]:
             result.dh_error, result.dw_error = gradient_errors(name, case, inputs)
         results.append(result)
     return results
+
+
+def worse_than_eager(results: list[Result]) -> list[Result]:
+    """Those whose gradient errs by more than twice what eager PyTorch does: their speed means nothing."""
+    (eager,) = (result for result in results if result.contender == EAGER)
+    return [
+        result
+        for result in results
+        if _worse(result.dh_error, eager.dh_error) or _worse(result.dw_error, eager.dw_error)
+    ]
+
+
+def _worse(error: float | None, eager: float | None) -> bool:
+    return error is not None and eager is not None and not error <= 2 * eager
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def _eager_log_probs(source: Source, vocab_size: int | None, temperature: float)
     else:
         z = source.z
     z = z[..., :vocab_size].to(torch.promote_types(z.dtype, torch.float32))
-    return F.log_softmax(z / temperature, dim=-1)
+    return F.log_softmax(z if temperature == 1 else z / temperature, dim=-1)
 
 
 def _eager_terms(ls: torch.Tensor, lt: torch.Tensor, objective: Objective) -> torch.Tensor:

@@ -11,7 +11,7 @@ INFINITE_LOSS = 1e10
 
 
 class RowStatistics(NamedTuple):
-    """What a row needs once its logits are gone, each `[C]`."""
+    """What a row needs once its logits are gone, each `[C]`; the two sums may be of a wider dtype."""
 
     loss: torch.Tensor
     """Loss of the token, clips applied."""

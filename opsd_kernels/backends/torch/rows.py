@@ -93,7 +93,8 @@ def _blocks(z: torch.Tensor) -> Iterator[slice]:
 
 def _total(entries: Entries) -> torch.Tensor:
     """sum_v a_v / sum_v s_v. The divisor is 1 but for rounding, which would add a multiple of s to a row."""
-    return entries.weight.sum(-1) / entries.s.sum(-1)
+    weight, mass = (x.sum(-1, dtype=torch.float64) for x in (entries.weight, entries.s))
+    return (weight / mass).to(entries.s.dtype)
 
 
 def _write_gradient(out: torch.Tensor, entries: Entries, total: torch.Tensor, scale: torch.Tensor) -> None:

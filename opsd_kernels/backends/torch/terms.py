@@ -19,13 +19,14 @@ LOWEST_LOG_RATIO = -80.0
 class Softmax:
     """The distributions of a block of rows: `p` and `log_p` `[R, V]`, the row's `top` and `total` `[R]`.
 
-    PyTorch's own log_softmax is off by a constant of each row on a CPU, 3e-5 at V = 150,000; here the sum is
-    pairwise, and log p has `LOG_ZERO` for -inf.
+    PyTorch's own log_softmax is off by a constant of each row on a CPU, 3e-5 at V = 150,000. Here the sum is
+    in fp64, so that even p near 1 (most tokens of a model) is right to its last bit; and log p has `LOG_ZERO`
+    for -inf.
 
     Args:
         z: `[R, V]` logits, left as they are.
         top: largest logit of the whole row, if `z` holds some of its columns only.
-        total: sum of exp(z - top) of the whole row, likewise.
+        total: sum of exp(z - top) of the whole row in fp64, likewise.
     """
 
     def __init__(
@@ -34,9 +35,9 @@ class Softmax:
         self.top = z.amax(-1) if top is None else top
         shifted = z - self.top[:, None]
         self.p = shifted.exp()
-        self.total = self.p.sum(-1) if total is None else total
-        self.p /= self.total[:, None]
-        self.log_p = shifted.sub_(self.total.log()[:, None]).clamp_(min=LOG_ZERO)
+        self.total = self.p.sum(-1, dtype=torch.float64) if total is None else total
+        self.p *= (1 / self.total).to(z.dtype)[:, None]
+        self.log_p = shifted.sub_(self.total.log().to(z.dtype)[:, None]).clamp_(min=LOG_ZERO)
 
 
 def times(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
