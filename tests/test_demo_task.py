@@ -22,6 +22,7 @@ from opsd_train.demo.task import (
     Problem,
     held_out_problems,
     is_held_out,
+    report_problems,
     train_problems,
 )
 
@@ -60,6 +61,14 @@ def test_train_and_held_out_problems_share_no_pair_in_either_order() -> None:
     train = {tuple(sorted(summands(row))) for row in train_problems(4_000, generator(1))}
     held_out = {tuple(sorted(summands(row))) for row in held_out_problems()}
     assert not train & held_out
+
+
+def test_the_report_is_on_problems_that_pretraining_did_not_choose_its_end_on() -> None:
+    chosen_on = {tuple(sorted(summands(row))) for row in held_out_problems()}
+    reported = [summands(row) for row in report_problems()]
+    assert len(set(reported)) == 512
+    assert all(is_held_out(a, b) for a, b in reported)
+    assert not chosen_on & {tuple(sorted(pair)) for pair in reported}
 
 
 def test_answers_are_the_sums_of_three_digit_numbers() -> None:

@@ -124,6 +124,7 @@ def test_one_batch_of_eight_is_eight_batches_of_one(tmp_path: Path, teacher: str
             max_steps=3,
             teacher=teacher,
             optim="sgd",
+            logging_steps=1,
             learning_rate=0.1,
         )
         trainer.train()

@@ -8,7 +8,16 @@ import torch
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from opsd_train.prompts import Prompt
-from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, collate, generate, until_end
+from opsd_train.rollouts import (
+    Rollout,
+    Sampling,
+    Vocabulary,
+    check_alignment,
+    collate,
+    evaluating,
+    generate,
+    until_end,
+)
 
 SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=6)
 GREEDY = replace(SAMPLED, temperature=0.0)
@@ -97,6 +106,20 @@ def test_generation_leaves_the_mode_as_it_was(prompts, vocabulary) -> None:
     model = tiny_model().train()
     generate(model, prompts[:1], SAMPLED, vocabulary, seed=(0,))
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_puts_every_module_s_own_mode_back(training: bool) -> None:
+    model = tiny_model().train(training)
+    model.model.layers[0].train(not training)
+    modes = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_no_prompts_no_completions(model, vocabulary) -> None:
+    assert generate(model, [], SAMPLED, vocabulary, seed=(0,)) == []
 
 
 def test_batch_size_covers_every_prompt(model, prompts, vocabulary) -> None:

@@ -1,6 +1,7 @@
 """The three teachers, full and LoRA, in training and across a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,13 +52,55 @@ def test_initial_teacher_stays_where_training_started() -> None:
 
 
 def test_initial_teacher_of_lora_is_the_adapters_off() -> None:
-    student = lora_model().train()
+    student = with_lora(tiny_model(), rank=2, alpha=4, dropout=0.5).train()
     teacher = make_teacher("initial", student, 0.5)
     assert isinstance(teacher, AdapterOffTeacher)
+    for parameter in student.parameters():
+        parameter.data.add_(1.0 if parameter.requires_grad else 0.0)
     torch.testing.assert_close(read(teacher), read(Teacher(tiny_model())), rtol=0, atol=0)
     assert not torch.allclose(read(teacher), read(Teacher(student)), atol=0.1)
     assert student.training
     assert student.get_model_status().enabled is True
+
+
+def test_initial_teacher_of_adapters_that_do_something_is_the_student_as_given() -> None:
+    student = lora_model()
+    given = read(Teacher(student))
+    teacher = make_teacher("initial", student, 0.5)
+    assert not torch.allclose(read(Teacher(tiny_model())), given, atol=0.1)
+    torch.testing.assert_close(read(teacher), given, rtol=1e-4, atol=1e-4)
+    nudge(student)
+    torch.testing.assert_close(read(teacher), given, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_off_teacher_leaves_frozen_adapters_frozen() -> None:
+    student = with_lora(tiny_model(), rank=2, alpha=4, dropout=0.5).train()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    student.get_base_model().model.layers[0].eval()
+    flags = [parameter.requires_grad for parameter in student.parameters()]
+    modes = [module.training for module in student.modules()]
+    read(make_teacher("initial", student, 0.5))
+    assert [parameter.requires_grad for parameter in student.parameters()] == flags
+    assert [module.training for module in student.modules()] == modes
+
+
+@pytest.mark.parametrize("kind", ["initial", "ema"])
+@pytest.mark.parametrize(
+    ("settings", "offender"),
+    [
+        ({"modules_to_save": ["model.norm"]}, r"base_model\.\S*\.norm\.modules_to_save\.default\.weight"),
+        ({"bias": "lora_only"}, r"base_model\.\S*\.layers\.0\.self_attn\.q_proj\.base_layer\.bias"),
+    ],
+)
+def test_peft_model_that_trains_more_than_adapters_is_refused(
+    kind: str, settings: dict[str, Any], offender: str
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    student = get_peft_model(tiny_model(attention_bias=True), config)
+    with pytest.raises(ValueError, match=f"LoRA adapters alone, for '{kind}'; it trains {offender} too"):
+        make_teacher(kind, student, 0.5)
+    make_teacher("live", student, 0.5)
 
 
 def test_live_teacher_is_the_student_without_dropout() -> None:
@@ -153,7 +196,7 @@ def test_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("teacher", ["initial", "ema"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_resumed_run_is_the_run_that_went_on(tmp_path: Path, teacher: str, lora: bool) -> None:
-    def run(out: Path, resume: str | None = None) -> torch.Tensor:
+    def run(out: Path, resume: Path | None = None) -> torch.Tensor:
         torch.manual_seed(0)  # LoRA draws its A
         model = with_lora(tiny_model(), rank=2, alpha=4, dropout=0.0) if lora else tiny_model()
         trainer = tiny_trainer(
@@ -174,7 +217,7 @@ def test_resumed_run_is_the_run_that_went_on(tmp_path: Path, teacher: str, lora:
     whole = run(tmp_path / "whole")
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert (checkpoint / EMA_FILE).exists() == (teacher == "ema")
-    assert torch.equal(run(tmp_path / "resumed", str(checkpoint)), whole)
+    assert torch.equal(run(tmp_path / "resumed", checkpoint), whole)
 
 
 def test_resuming_without_the_average_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from opsd_kernels import Hidden
+from opsd_train.prompts import Prompt
 from opsd_train.rollouts import evaluating
 
 
@@ -100,3 +102,26 @@ def check_head(model: torch.nn.Module, prompt: tuple[int, ...]) -> None:
             "model: expected a head that is a linear layer with bias, logit scale and soft-cap; the logits "
             f"of {type(inner).__name__} differ from that by {difference:.1%}"
         )
+
+
+def check_positions(model: torch.nn.Module, prompts: Sequence[Prompt], max_completion_length: int) -> None:
+    """Raise ValueError unless the longest prompt of student and teacher leaves room for a whole completion.
+
+    The room is the `max_position_embeddings` of the model's configuration; without it there is no bound.
+    """
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or not prompts:
+        return
+    for reader, lengths in (
+        ("student", [len(prompt.student_ids) for prompt in prompts]),
+        ("teacher", [len(prompt.teacher_ids) for prompt in prompts]),
+    ):
+        longest = max(lengths)
+        if longest + max_completion_length > limit:
+            where = prompts[lengths.index(longest)].where
+            raise ValueError(
+                f"max_completion_length: expected at most {limit - longest}, got {max_completion_length}: "
+                f"the {reader}'s prompt of {where} has {longest} tokens, and the "
+                f"model {limit} positions (max_position_embeddings) for prompt and completion; lower "
+                f"max_completion_length or shorten that prompt"
+            )

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,9 @@ from opsd_train.record import Accuracy
 from opsd_train.rollouts import Rollout
 
 Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
-NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+# What looks like a number (a date and a list do too), with its sign unless it is a minus between two numbers.
+FIGURES = re.compile(r"(?:(?<!\d)-)?\d+(?:[.,]\d+)*")
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 def wilson(correct: int, total: int) -> Accuracy:
@@ -36,7 +39,10 @@ def same_text(completion: str, answer: str) -> bool:
 
 
 def same_number(completion: str, answer: str) -> bool:
-    """The last numbers in both are equal; thousands separators and trailing zeros do not matter."""
+    """The last numbers in both are equal; thousands separators and trailing zeros do not matter.
+
+    Figures that are not one number, like `12.11.2024` or `1,2`, equal nothing.
+    """
     found, expected = _last_number(completion), _last_number(answer)
     return found is not None and found == expected
 
@@ -68,6 +74,8 @@ def require_answers(prompts: Sequence[Prompt]) -> None:
             )
 
 
-def _last_number(text: str) -> float | None:
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def _last_number(text: str) -> Decimal | None:
+    figures = FIGURES.findall(text)
+    if not figures or not NUMBER.fullmatch(figures[-1]):
+        return None
+    return Decimal(figures[-1].replace(",", ""))

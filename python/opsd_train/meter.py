@@ -20,9 +20,19 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._process = psutil.Process()
-        self.start = self._since = time.perf_counter()
+        self.start = self._begun = time.perf_counter()
         self._sums: torch.Tensor | None = None
         self._reset()
+
+    def begin_step(self) -> None:
+        """A step's rollouts are about to be drawn."""
+        self._begun = time.perf_counter()
+
+    def end_step(self) -> None:
+        """The weights have moved. Evaluations and checkpoints come after, and are not the step's time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the step has been queued, not done
+        self._busy += time.perf_counter() - self._begun
 
     def count(self, rollouts: Sequence[Rollout]) -> None:
         """Count the rollouts of a step."""
@@ -38,18 +48,16 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """The means, and start anew. Lengths in tokens, memory in GB, times in seconds."""
-        now = time.perf_counter()
         metrics = {
             "completion_length": self._tokens / max(self._rollouts, 1),
             "truncated_share": self._truncated / max(self._rollouts, 1),
-            "tokens_per_second": self._tokens / (now - self._since),
+            "tokens_per_second": self._tokens / self._busy if self._busy else 0.0,
             "memory_gb": self.memory_gb(),
-            "seconds": now - self.start,
+            "seconds": time.perf_counter() - self.start,
         }
         if self._sums is not None:
             means = (self._sums / self._measured).tolist()
             metrics |= dict(zip(TokenStats._fields, means, strict=True))
-        self._since = now
         self._reset()
         return metrics
 
@@ -61,4 +69,5 @@ class Meter:
 
     def _reset(self) -> None:
         self._rollouts = self._tokens = self._truncated = self._measured = 0
+        self._busy = 0.0
         self._sums = None

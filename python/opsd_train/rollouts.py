@@ -71,6 +71,8 @@ def generate(
     The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
     distribution that is trained. The global random state is left as it was.
     """
+    if not prompts:
+        return []
     config = _generation_config(sampling, vocabulary)
     size = sampling.batch_size or len(prompts)
     completions: list[tuple[int, ...]] = []
@@ -102,15 +104,13 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, torch.Tensor]
     completion, completion_mask = pad_right([r.completion for r in rollouts], pad_id)
     student, student_mask = pad_left([r.prompt.student_ids for r in rollouts], pad_id)
     teacher, teacher_mask = pad_left([r.prompt.teacher_ids for r in rollouts], pad_id)
-    batch = {
+    return {
         "input_ids": torch.cat([student, completion], dim=1),
         "attention_mask": torch.cat([student_mask, completion_mask], dim=1),
         "teacher_input_ids": torch.cat([teacher, completion], dim=1),
         "teacher_attention_mask": torch.cat([teacher_mask, completion_mask], dim=1),
         "completion_mask": completion_mask,
     }
-    check_alignment(batch)
-    return batch
 
 
 def check_alignment(batch: dict[str, torch.Tensor]) -> None:
@@ -118,11 +118,14 @@ def check_alignment(batch: dict[str, torch.Tensor]) -> None:
     length = batch["completion_mask"].shape[1]
     live = batch["completion_mask"].bool()
     student, teacher = batch["input_ids"][:, -length:], batch["teacher_input_ids"][:, -length:]
-    for name, same in (
-        ("teacher_input_ids", (student == teacher) | ~live),
-        ("attention_mask", batch["attention_mask"][:, -length:].bool() == live),
-        ("teacher_attention_mask", batch["teacher_attention_mask"][:, -length:].bool() == live),
-    ):
+    agreements = {
+        "teacher_input_ids": (student == teacher) | ~live,
+        "attention_mask": batch["attention_mask"][:, -length:].bool() == live,
+        "teacher_attention_mask": batch["teacher_attention_mask"][:, -length:].bool() == live,
+    }
+    if bool(torch.stack(list(agreements.values())).all()):  # waits for the device once
+        return
+    for name, same in agreements.items():
         if not bool(same.all()):
             row, position = (~same).nonzero()[0].tolist()
             raise ValueError(
@@ -133,15 +136,14 @@ def check_alignment(batch: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout inside; the mode is put back afterwards."""
-    if not model.training:
-        yield
-        return
+    """No dropout inside; afterwards every module is in the mode it was in, whatever its parent's."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        for module, training in modes:
+            module.training = training
 
 
 def _generation_config(sampling: Sampling, vocabulary: Vocabulary) -> GenerationConfig:

@@ -50,14 +50,23 @@ class Teacher:
 
 
 class AdapterOffTeacher(Teacher):
-    """The initial weights of a LoRA run: the same model with its adapters off. Costs no memory."""
+    """The initial weights of a LoRA run whose adapters begin at zero: the same model with them off.
+
+    Costs no memory.
+    """
 
     @contextmanager
     def weights(self) -> Iterator[None]:
         """Adapters are off inside."""
         assert isinstance(self.model, PeftModel)
-        with self.model.disable_adapter():
-            yield
+        # PEFT turns adapters on again as trainable, also those that were frozen.
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
 
 
 class EmaTeacher(Teacher):
@@ -109,14 +118,25 @@ class EmaTeacher(Teacher):
 
 
 def make_teacher(kind: str, student: torch.nn.Module, ema_decay: float) -> Teacher:
-    """The teacher of that kind for a student as it is before training."""
+    """The teacher of that kind for a student as it is before training.
+
+    The initial teacher of a LoRA student is the same model with its adapters off where they begin at zero, as
+    fresh ones do, and else a frozen copy, which takes the model's memory once more.
+
+    Raises ValueError for an unknown kind, and unless `initial` and `ema` can know all that a PEFT student
+    trains: the parameters of LoRA layers, and no others.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"teacher: expected one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "live":
         return Teacher(student)
+    if isinstance(student, PeftModel):
+        _require_lora_alone(kind, student)
     if kind == "ema":
         return EmaTeacher(student, ema_decay)
-    if kind != "initial":
-        raise ValueError(f"teacher: expected one of {', '.join(KINDS)}; got {kind!r}")
-    return AdapterOffTeacher(student) if isinstance(student, PeftModel) else Teacher(frozen_copy(student))
+    if isinstance(student, PeftModel) and not _adapters_add(student):
+        return AdapterOffTeacher(student)
+    return Teacher(frozen_copy(student))
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
@@ -139,9 +159,40 @@ def _effective_weights(student: torch.nn.Module) -> Iterator[tuple[str, torch.Te
             if any(module.use_dora.values()):
                 raise ValueError("teacher: expected 'initial' or 'live' for a model with DoRA, got 'ema'")
             weight: torch.Tensor = module.get_base_layer().weight.data  # type: ignore[assignment]
-            for adapter in module.active_adapters:
-                weight = weight + module.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[attr-defined]
+            for delta in _deltas(module):
+                weight = weight + delta.to(weight.dtype)
             yield f"{name}.weight", weight
+
+
+def _deltas(layer: LoraLayer) -> Iterator[torch.Tensor]:
+    """What each active adapter adds to the layer's weight."""
+    for adapter in layer.active_adapters:
+        if adapter in layer.scaling:
+            yield layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _adapters_add(student: PeftModel) -> bool:
+    layers = (module for module in student.modules() if isinstance(module, LoraLayer))
+    return any(bool(delta.any()) for layer in layers for delta in _deltas(layer))
+
+
+def _require_lora_alone(kind: str, student: PeftModel) -> None:
+    """Adapters off are not the initial weights, nor merged ones the average, if anything else is trained."""
+    of_lora = {
+        parameter
+        for module in student.modules()
+        if isinstance(module, LoraLayer)
+        for name, part in module.named_children()
+        if name != "base_layer"
+        for parameter in part.parameters()
+    }
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter not in of_lora:
+            raise ValueError(
+                f"teacher: expected a PEFT model that trains LoRA adapters alone, for {kind!r}; it trains "
+                f"{name} too; freeze it, or use teacher 'live'"
+            )
 
 
 def _file(checkpoint: str | os.PathLike[str]) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from opsd_train import record
 from opsd_train.backbone import causal_lm
@@ -26,7 +25,7 @@ from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
 from opsd_train.prompts import Encoder
 from opsd_train.record import RunRecord, load_run
 from opsd_train.report import write_report
-from opsd_train.trainer import OPSDTrainer
+from opsd_train.trainer import OPSDTrainer, newest_checkpoint
 
 Existing = Literal["error", "replace", "resume"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
@@ -135,10 +134,7 @@ def last_checkpoint(config: OPSDConfig) -> str | None:
     """The checkpoint to go on from, None for a fresh start; `last` stands for the newest of the run."""
     if config.resume_from_checkpoint != "last":
         return config.resume_from_checkpoint
-    found = get_last_checkpoint(config.output_dir)
-    if found is None:
-        raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {config.output_dir}, found none")
-    return found
+    return newest_checkpoint(config.output_dir)
 
 
 def describe(trainer: OPSDTrainer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 import opsd_kernels
 from opsd_kernels import Hidden, Objective
 from opsd_train import evaluate
-from opsd_train.backbone import causal_lm, check_head, completion_hidden, head_source
+from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.config import OPSDConfig
 from opsd_train.meter import Meter
 from opsd_train.prompts import Prompt
-from opsd_train.rollouts import Rollout, Sampling, Vocabulary, collate, generate
-from opsd_train.teachers import Teacher, make_teacher
+from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, collate, generate
+from opsd_train.teachers import make_teacher
 
 TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
 
@@ -76,6 +77,7 @@ class OPSDTrainer(Trainer):
         self.config, self.tokenizer, self.student = args, processing_class, model
         self.prompts, self.held_out = train_dataset, list(eval_dataset or [])
         evaluate.require_answers(self.held_out)
+        check_positions(model, [*train_dataset, *self.held_out], args.max_completion_length)
         self.objective: Objective = args.to_objective()
         self.vocabulary = Vocabulary.of(causal_lm(model), processing_class)
         self.sampling = Sampling(
@@ -93,13 +95,14 @@ class OPSDTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         check_head(model, train_dataset[0].student_ids)
         self.teacher = make_teacher(args.teacher, model, args.ema_decay)
-        self.add_callback(_TeacherCallback(self.teacher))
+        self.add_callback(_StepCallback(self))
         self.meter = Meter(args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
+        self.meter.begin_step()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         prompts = [prompt for batch in batches for prompt in batch]
         rollouts = self.roll_out(prompts, self.sampling, (TRAINING, self.state.global_step))
@@ -131,7 +134,11 @@ class OPSDTrainer(Trainer):
         return opsd_kernels.loss(student, teacher, denominator=num_items_in_batch, **settings)
 
     def distributions(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Hidden, Hidden]:
-        """The next-token distributions of student and teacher at the completion's tokens, [B, C]."""
+        """The next-token distributions of student and teacher at the completion's tokens, [B, C].
+
+        Raises ValueError for a batch in which they are not those of the same tokens.
+        """
+        check_alignment(inputs)
         length = inputs["completion_mask"].shape[1]
         with self.accelerator.autocast():
             teacher = self.teacher.source(
@@ -183,17 +190,29 @@ class OPSDTrainer(Trainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; on resuming, the teacher goes on from the checkpoint too."""
+        """Train; on resuming, the teacher goes on from the checkpoint too.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest in `output_dir`.
+            trial: see `transformers.Trainer`.
+            ignore_keys_for_eval: see `transformers.Trainer`.
+
+        Raises:
+            ValueError: there is no checkpoint to resume from, or it holds another teacher.
+        """
+        checkpoint: str | None = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.config.output_dir)
-        if isinstance(resume_from_checkpoint, str):
-            self.teacher.load(resume_from_checkpoint)
+            checkpoint = newest_checkpoint(self.config.output_dir)
+        elif resume_from_checkpoint is not None and resume_from_checkpoint is not False:
+            checkpoint = os.fspath(resume_from_checkpoint)
+        if checkpoint is not None:
+            self.teacher.load(checkpoint)
         self.meter = Meter(self.args.device)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _logs_next(self) -> bool:
         """Whether the step that is under way ends in a line of metrics."""
@@ -203,20 +222,31 @@ class OPSDTrainer(Trainer):
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
 
-class _TeacherCallback(TrainerCallback):
-    """Lets the teacher follow the student, and puts it into every checkpoint."""
+def newest_checkpoint(folder: str | os.PathLike[str] | None) -> str:
+    """The newest checkpoint in a run's folder; ValueError if there is none."""
+    path = Path(folder or ".")
+    found = get_last_checkpoint(str(path)) if path.is_dir() else None
+    if found is None:
+        raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {path}, found none")
+    return found
 
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+
+class _StepCallback(TrainerCallback):
+    """Lets the teacher follow the student, puts it into every checkpoint, and ends the meter's step."""
+
+    def __init__(self, trainer: OPSDTrainer) -> None:
+        self.trainer = trainer
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the teacher."""
-        self.teacher.after_optimizer_step()
+        self.trainer.teacher.after_optimizer_step()
+        self.trainer.meter.end_step()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the teacher."""
-        self.teacher.save(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(args.output_dir or ".")
+        self.trainer.teacher.save(folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

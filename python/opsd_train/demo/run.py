@@ -29,6 +29,6 @@ def demo(arguments: Sequence[str], console: Console) -> OPSDTrainer:
         count = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
         drawn = task.train_problems(count, torch.Generator().manual_seed(config.seed))
         rows, held_out = (
-            load_rows(problems, config.to_templates()) for problems in (drawn, task.held_out_problems())
+            load_rows(problems, config.to_templates()) for problems in (drawn, task.report_problems())
         )
         return make_trainer(model, tokenizer, rows, held_out, config)
