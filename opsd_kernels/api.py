@@ -78,7 +78,7 @@ def loss(
         denominator: of the mean, a number or a one-element tensor; by default the number of unmasked tokens
             (weights do not change it). Pass the global count under gradient accumulation or data parallelism.
         vocab_size: number of leading columns that are real; the rest is padding and is left out.
-        workspace_bytes: budget of the two logits buffers. Default: 256 rows on a CPU, 4,096 rows elsewhere
+        workspace_bytes: budget of the two logits buffers. Default: 512 rows on a CPU, 4,096 rows elsewhere
             (2,048 if the head is frozen). At least one row is held whatever the budget.
         backend: `"auto"`, or a name of the README's table. One that is missing is an error.
 

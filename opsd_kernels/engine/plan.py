@@ -2,7 +2,7 @@
 
 # Rows per chunk when the caller sets no budget. Each chunk re-reads and re-writes the fp32 [V, H] accumulator
 # of dW; on a GPU that hides under the GEMM only from about 1,000 rows on, on a CPU from about 50.
-DEFAULT_ROWS_CPU = 256
+DEFAULT_ROWS_CPU = 512
 DEFAULT_ROWS_TRAINABLE_HEAD = 4096
 DEFAULT_ROWS_FROZEN_HEAD = 2048
 

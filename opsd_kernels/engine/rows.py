@@ -24,7 +24,7 @@ class RowStatistics(NamedTuple):
     sum_t: torch.Tensor
     """sum exp(z_t - top_t)."""
     total: torch.Tensor
-    """sum_v a_v / sum_v s_v."""
+    """sum_v a_v, for probabilities that sum to 1."""
     scale: torch.Tensor
     """Factor of the gradient by `token_clip`, 1 where the token is not clipped."""
 

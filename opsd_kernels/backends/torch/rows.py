@@ -8,7 +8,7 @@ from opsd_kernels.backends.torch.terms import LOG_ZERO, Entries, Softmax
 from opsd_kernels.engine.rows import RowStatistics, clip_tokens, clipped_fraction, divergence
 from opsd_kernels.objectives import Objective
 
-BLOCK_BYTES = {"cpu": 1 << 20}
+BLOCK_BYTES = {"cpu": 3 << 19}
 DEFAULT_BLOCK_BYTES = 64 << 20
 
 
@@ -20,7 +20,7 @@ def row_loss(z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective) -> RowS
         entries = Entries(student, teacher, objective)
         loss, scale = _token_loss(entries)
         sums = student.top, student.total, teacher.top, teacher.total
-        parts.append(RowStatistics(loss, *sums, _total(entries), scale))
+        parts.append(RowStatistics(loss, *sums, entries.weight.sum(-1), scale))
     return RowStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -43,7 +43,7 @@ def row_gradient_(
         entries = Entries(Softmax(z_s[rows]), Softmax(z_t[rows]), objective)
         loss, scale = _token_loss(entries)
         losses.append(loss)
-        _write_gradient(z_t[rows], entries, _total(entries), scale * coefficient[rows])
+        _write_gradient(z_t[rows], entries, entries.weight.sum(-1), scale * coefficient[rows])
     return torch.cat(losses)
 
 
@@ -89,12 +89,6 @@ def _blocks(z: torch.Tensor) -> Iterator[slice]:
     # No rows at all are one empty block, so that there is something to concatenate.
     for start in range(0, max(z.shape[0], 1), rows):
         yield slice(start, min(start + rows, z.shape[0]))
-
-
-def _total(entries: Entries) -> torch.Tensor:
-    """sum_v a_v / sum_v s_v. The divisor is 1 but for rounding, which would add a multiple of s to a row."""
-    weight, mass = (x.sum(-1, dtype=torch.float64) for x in (entries.weight, entries.s))
-    return (weight / mass).to(entries.s.dtype)
 
 
 def _write_gradient(out: torch.Tensor, entries: Entries, total: torch.Tensor, scale: torch.Tensor) -> None:

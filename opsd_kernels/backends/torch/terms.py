@@ -82,7 +82,7 @@ class Entries:
         tau = self.objective.entry_clip
         if tau is None:
             return self._unclipped
-        return torch.where(self.signed_term > tau, self._slack + tau, self._unclipped)
+        return torch.where(self._clipped, self._slack + tau, self._unclipped)
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -92,12 +92,18 @@ class Entries:
         if tau is None:
             return weight
         kept = 0.0 if self.objective.clip_mode == "zero" else weight * (tau / self.signed_term)
-        return torch.where(self.signed_term > tau, kept, weight)
+        return torch.where(self._clipped, kept, weight)
 
     @cached_property
     def signed_term(self) -> torch.Tensor:
         """The published signed term l_v, which the clip compares with tau."""
         return self._unclipped - self._slack
+
+    @cached_property
+    def _clipped(self) -> torch.Tensor:
+        tau = self.objective.entry_clip
+        assert tau is not None
+        return self.signed_term > tau
 
     @cached_property
     def _unclipped(self) -> torch.Tensor:
