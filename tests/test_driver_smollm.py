@@ -43,6 +43,7 @@ def test_three_steps_lower_the_loss_on_a_fixed_batch(tmp_path: Path) -> None:
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         rollouts_recorded=1,
+        logging_steps=1,
     )
     trainer = train(RunOptions(model=folder, data=str(rows), gguf_file=GGUF), config, Console(quiet=True))
     assert sum(p.numel() for p in trainer.student.parameters()) == 134_515_008
