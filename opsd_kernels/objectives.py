@@ -1,4 +1,4 @@
-"""What is minimised at one token: a divergence between student and teacher, and its clips."""
+"""What is minimised at one token: a divergence between student and teacher, its support and its clips."""
 
 import difflib
 from dataclasses import dataclass
@@ -6,6 +6,39 @@ from dataclasses import dataclass
 from opsd_kernels import divergences
 
 CLIP_MODES = ("zero", "scale")
+OWNERS = ("student", "teacher", "union", "intersection", "given")
+RESTS = ("tail", "renormalise", "drop")
+
+
+@dataclass(frozen=True)
+class Support:
+    """The K vocabulary entries of a token over which the divergence is taken, instead of all V.
+
+    Args:
+        k: entries per token; of each side for `"union"` and `"intersection"`; None for `"given"`.
+        of: whose most likely entries: `"student"`, `"teacher"`, the `"union"` or `"intersection"` of both,
+            or those `"given"` by `loss(support_ids=...)`.
+        rest: what happens to the other entries. `"tail"`: they count as one more entry with their exact mass,
+            so that the loss is a divergence of distributions. `"renormalise"`: both distributions are
+            renormalised on the K entries. `"drop"`: the published signed terms of the K entries are summed as
+            they are. The gradient of a reverse KL then also raises the student's own mass on them;
+            `"reverse_kl_sg"` has no such leak (arXiv 2605.11182).
+    """
+
+    k: int | None
+    of: str = "student"
+    rest: str = "tail"
+
+    def __post_init__(self) -> None:
+        if self.of not in OWNERS:
+            raise ValueError(f"of: expected one of {', '.join(OWNERS)}; got {self.of!r}")
+        if self.rest not in RESTS:
+            raise ValueError(f"rest: expected one of {', '.join(RESTS)}; got {self.rest!r}")
+        if self.of == "given":
+            if self.k is not None:
+                raise ValueError(f"k: expected None with of='given'; got {self.k!r}")
+        elif type(self.k) is not int or self.k < 1:
+            raise ValueError(f"k: expected an int of at least 1; got {self.k!r}")
 
 
 @dataclass(frozen=True)
@@ -14,7 +47,9 @@ class Objective:
 
     Args:
         divergence: a name of `divergences.def`: `"forward_kl"` is KL(t || s), `"reverse_kl"` is KL(s || t),
-            `"jsd"` is beta KL(t || m) + (1 - beta) KL(s || m) with m = beta t + (1 - beta) s.
+            `"jsd"` is beta KL(t || m) + (1 - beta) KL(s || m) with m = beta t + (1 - beta) s;
+            `"reverse_kl_sg"` is sum_v s_v (sg[log s_v] - log t_v), which has the reverse KL's value, and over
+            the whole vocabulary its gradient.
         beta: the teacher's share of m, in [0, 1]. As in GKD (arXiv 2306.13649) and OPSD, 0 stands for forward
             KL and 1 for reverse KL, where the formula itself would vanish.
         entry_clip: tau, an upper bound of the *signed* term l_v of each vocabulary entry, applied before the
@@ -24,6 +59,7 @@ class Objective:
             the term is multiplied by tau / l_v with the factor detached, so its pull shrinks to the size of
             tau and never flips. The value is the same. Also applies to `token_clip`.
         token_clip: upper bound of the token's loss after the sum.
+        support: the entries v of the sum; None for the whole vocabulary.
     """
 
     divergence: str = "forward_kl"
@@ -31,6 +67,7 @@ class Objective:
     entry_clip: float | None = None
     clip_mode: str = "zero"
     token_clip: float | None = None
+    support: Support | None = None
 
     def __post_init__(self) -> None:
         if self.divergence not in divergences.table():

@@ -1,20 +1,28 @@
 """Checks of everything a caller passes: a ValueError names the argument, what was expected and what came."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from opsd_kernels.sources import Hidden, Logits, Source
+from opsd_kernels.objectives import Objective
+from opsd_kernels.sources import Hidden, Logits, LogLinear, Mixture, Routed, Source, Teacher
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 REDUCTIONS = ("mean", "sum", "none")
+STREAMS: dict[type, tuple[type, ...]] = {
+    LogLinear: (Hidden, Logits),
+    Mixture: (Hidden, Logits, LogLinear),
+    Routed: (Hidden, Logits, LogLinear, Mixture),
+}
 
 
-def as_source(name: str, value: Any, weight: torch.Tensor | None) -> Source:
+def as_source(name: str, value: Any, weight: Tensor | None) -> Source:
     """A checked source; a bare tensor becomes hidden states of the shared head `weight`."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         if weight is None:
             raise ValueError(
                 f"weight: expected the head [V, H] that projects the hidden states `{name}`; got None "
@@ -30,15 +38,65 @@ def as_source(name: str, value: Any, weight: torch.Tensor | None) -> Source:
     return value
 
 
-def check_weight_is_used(student: Any, teacher: Any, weight: torch.Tensor | None) -> None:
+def as_teacher(name: str, value: Any, weight: Tensor | None) -> Teacher:
+    """As `as_source`, or a checked combination of sources."""
+    if not isinstance(value, LogLinear | Mixture | Routed):
+        return as_source(name, value, weight)
+    parts = list(value.sources)
+    if not parts:
+        raise ValueError(f"{name}: expected at least one source; got none")
+    if isinstance(value, LogLinear) and value.mix not in ("auto", "logits"):
+        raise ValueError(f"{name}.mix: expected 'auto' or 'logits'; got {value.mix!r}")
+    for index, part in enumerate(parts):
+        here = f"{name}.{'sources' if isinstance(value, Routed) else 'streams'}[{index}]"
+        if not isinstance(part, STREAMS[type(value)]):
+            known = ", ".join(kind.__name__ for kind in STREAMS[type(value)])
+            raise ValueError(f"{here}: expected {known}; got {type(part).__name__}")
+        as_teacher(here, part, None)
+        _check_alike(here, part, parts[0])
+    if isinstance(value, Routed):
+        check_rows(f"{name}.index", value.index, value.lead, parts[0].tensors[0].device, IDS)
+        check_ids(f"{name}.index", value.index, None, len(parts))
+    else:
+        _check_factors(name, value)
+    return value
+
+
+def _check_alike(name: str, part: Teacher, first: Teacher) -> None:
+    """Streams have the same token dimensions and vocabulary."""
+    if part.lead != first.lead:
+        raise ValueError(f"{name}: expected token dimensions {tuple(first.lead)}; got {tuple(part.lead)}")
+    if part.vocab != first.vocab:
+        raise ValueError(f"{name}: expected {first.vocab} columns of the first stream; got {part.vocab}")
+
+
+def _check_factors(name: str, value: LogLinear | Mixture) -> None:
+    device = value.sources[0].tensors[0].device
+    numbers = 0.0
+    for index, (factor, _) in enumerate(value.streams):
+        here = f"{name}.streams[{index}] factor"
+        if isinstance(factor, Tensor):
+            check_rows(here, factor, value.lead, device, FLOATS)
+            numbers = math.nan
+        elif isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise ValueError(f"{here}: expected a finite number or a tensor; got {factor!r}")
+        elif isinstance(value, Mixture) and factor < 0:
+            raise ValueError(f"{here}: expected a weight of at least 0; got {factor!r}")
+        else:
+            numbers += factor
+    if isinstance(value, Mixture) and abs(numbers - 1) > 1e-6:
+        raise ValueError(f"{name}.streams: expected weights that sum to 1; got a sum of {numbers}")
+
+
+def check_weight_is_used(student: Any, teacher: Any, weight: Tensor | None) -> None:
     """A head that no bare tensor needs is a mistake, not a spare."""
-    if weight is not None and not any(isinstance(x, torch.Tensor) for x in (student, teacher)):
+    if weight is not None and not any(isinstance(x, Tensor) for x in (student, teacher)):
         raise ValueError(
             "weight: expected None, since student and teacher are sources of their own; got a tensor"
         )
 
 
-def common_vocab(student: Source, teacher: Source, vocab_size: int | None) -> int:
+def common_vocab(student: Source, teacher: Teacher, vocab_size: int | None) -> int:
     """V, after checking that both sources have it (or at least `vocab_size`, which cuts padding off)."""
     if vocab_size is None:
         if student.vocab != teacher.vocab:
@@ -55,44 +113,68 @@ def common_vocab(student: Source, teacher: Source, vocab_size: int | None) -> in
     return vocab_size
 
 
-def check_pair(student: Source, teacher: Source) -> None:
+def check_pair(student: Source, teacher: Teacher) -> None:
     """Same token dimensions, one device, and no gradient expected of the teacher."""
     if student.lead != teacher.lead:
         raise ValueError(
             f"teacher: expected the student's token dimensions {tuple(student.lead)}; "
             f"got {tuple(teacher.lead)}"
         )
-    named = [
-        (f"{side}.{field}", value)
-        for side, source in (("student", student), ("teacher", teacher))
-        for field, value in vars(source).items()
-        if isinstance(value, torch.Tensor)
-    ]
-    for name, tensor in named:
-        _check_device(name, tensor, named[0][1].device)
-    rows = teacher.hidden if isinstance(teacher, Hidden) else teacher.z
-    if rows.requires_grad:
-        raise ValueError(
-            "teacher: expected a tensor without gradient (only the student is trained); got "
-            "requires_grad=True: compute it under torch.no_grad() or detach it"
-        )
+    device = student.tensors[0].device
+    for name, source in (*_parts("student", student), *_parts("teacher", teacher)):
+        for field, tensor in vars(source).items():
+            if isinstance(tensor, Tensor):
+                _check_device(f"{name}.{field}", tensor, device)
+    for name, source in _parts("teacher", teacher):
+        rows = source.hidden if isinstance(source, Hidden) else source.z
+        if rows.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor without gradient (only the student is trained); got "
+                "requires_grad=True: compute it under torch.no_grad() or detach it"
+            )
+
+
+def _parts(name: str, source: Teacher) -> Iterator[tuple[str, Source]]:
+    """The hidden states and logits that a source is made of, with their names."""
+    if isinstance(source, Hidden | Logits):
+        yield name, source
+        return
+    field = "sources" if isinstance(source, Routed) else "streams"
+    for index, part in enumerate(source.sources):
+        yield from _parts(f"{name}.{field}[{index}]", part)
+
+
+def check_options(options: Any, objective: Objective, student: Source, vocab: int) -> None:
+    """Everything in `LossOptions` but the objective and the vocabulary."""
+    lead, device = student.lead, student.tensors[0].device
+    check_rows("mask", options.mask, lead, device, (torch.bool,))
+    _check_row_indices(options.rows, options.mask, lead, device)
+    if not callable(options.token_weight):
+        check_rows("token_weight", options.token_weight, lead, device, FLOATS)
+    check_rows("token_ids", options.token_ids, lead, device, IDS)
+    check_ids("token_ids", options.token_ids, options.mask, vocab)
+    _check_support_ids(options, objective, lead, device, vocab)
+    check_positive("temperature", options.temperature)
+    check_reduction(options.reduction, options.denominator)
+    if options.workspace_bytes is not None:
+        check_positive("workspace_bytes", options.workspace_bytes)
+    _check_filter(options, student)
+    _check_main_grad(options.main_grad, student)
 
 
 def check_rows(
-    name: str, tensor: torch.Tensor | None, source: Source, dtypes: tuple[torch.dtype, ...]
+    name: str, tensor: Any, lead: torch.Size, device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """A constant per-token tensor: the source's token dimensions and device, a dtype among `dtypes`."""
     if tensor is None:
         return
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor or None; got {type(tensor).__name__}")
-    if tensor.shape != source.lead:
-        raise ValueError(f"{name}: expected shape {tuple(source.lead)}; got {tuple(tensor.shape)}")
+    if tensor.shape != lead:
+        raise ValueError(f"{name}: expected shape {tuple(lead)}; got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
-    first = source.tensors[0]
-    assert first is not None
-    _check_device(name, tensor, first.device)
+    _check_device(name, tensor, device)
     if tensor.requires_grad:
         raise ValueError(
             f"{name}: expected a tensor without gradient, it is constant here; got requires_grad=True: "
@@ -100,17 +182,17 @@ def check_rows(
         )
 
 
-def check_ids(token_ids: torch.Tensor | None, mask: torch.Tensor | None, vocab: int) -> None:
-    """Unmasked ids within the vocabulary. On a CPU only: elsewhere reading them would wait for the device."""
-    if token_ids is None or token_ids.device.type != "cpu":
+def check_ids(name: str, ids: Tensor | None, mask: Tensor | None, count: int) -> None:
+    """Unmasked ids below `count`. On a CPU only: elsewhere reading them would wait for the device."""
+    if ids is None or not _readable(ids):
         return
     if mask is not None:
-        token_ids = token_ids[mask]
-    if token_ids.numel() == 0:
+        ids = ids[mask]
+    if ids.numel() == 0:
         return
-    low, high = int(token_ids.min()), int(token_ids.max())
-    if low < 0 or high >= vocab:
-        raise ValueError(f"token_ids: expected ids in [0, {vocab}); got a range of [{low}, {high}]")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: expected ids in [0, {count}); got a range of [{low}, {high}]")
 
 
 def check_reduction(reduction: str, denominator: Any) -> None:
@@ -121,13 +203,13 @@ def check_reduction(reduction: str, denominator: Any) -> None:
         return
     if reduction != "mean":
         raise ValueError(f"denominator: expected None with reduction={reduction!r}; got {denominator}")
-    if isinstance(denominator, torch.Tensor):
+    if isinstance(denominator, Tensor):
         if denominator.numel() != 1 or denominator.requires_grad:
             raise ValueError(
                 "denominator: expected a number or a constant tensor of one element; got shape "
                 f"{tuple(denominator.shape)}, requires_grad={denominator.requires_grad}"
             )
-        if denominator.device.type == "cpu":  # elsewhere reading it would wait for the device
+        if _readable(denominator):
             check_positive("denominator", denominator.item())
     else:
         check_positive("denominator", denominator)
@@ -141,6 +223,67 @@ def check_positive(name: str, value: Any) -> None:
         or not (value > 0 and math.isfinite(value))
     ):
         raise ValueError(f"{name}: expected a finite number above 0; got {value!r}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at: on a GPU that would wait for it, in a compiled graph there are none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_row_indices(rows: Any, mask: Any, lead: torch.Size, device: torch.device) -> None:
+    if rows is None:
+        return
+    if mask is not None:
+        raise ValueError("rows: expected None beside a mask; got both")
+    if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in IDS:
+        shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"rows: expected integer indices of shape [n]; got {shape}")
+    _check_device("rows", rows, device)
+    check_ids("rows", rows, None, lead.numel())
+    if _readable(rows) and rows.unique().numel() != rows.numel():
+        raise ValueError("rows: expected each index once; got some repeatedly")
+
+
+def _check_support_ids(
+    options: Any, objective: Objective, lead: torch.Size, device: torch.device, vocab: int
+) -> None:
+    ids = options.support_ids
+    given = objective.support is not None and objective.support.of == "given"
+    if given != (ids is not None):
+        expected = "the entries [..., K] of the support that is 'given'" if given else "None"
+        raise ValueError(f"support_ids: expected {expected}; got {type(ids).__name__}")
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.dim() != len(lead) + 1 or ids.shape[-1] == 0:
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"support_ids: expected shape {(*lead, 'K')}; got {shape}")
+    check_rows("support_ids", ids, torch.Size((*lead, ids.shape[-1])), device, IDS)
+    if _readable(ids) and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab):
+        raise ValueError(
+            f"support_ids: expected ids in [-1, {vocab}); got a range of [{int(ids.min())}, {int(ids.max())}]"
+        )
+
+
+def _check_filter(options: Any, student: Source) -> None:
+    if options.grad_filter is None:
+        return
+    check_positive("grad_filter", options.grad_filter)
+    if not isinstance(student, Hidden):
+        raise ValueError(f"grad_filter: expected None for logits; got {options.grad_filter}")
+    if options.reduction == "none":
+        raise ValueError(f"grad_filter: expected None with reduction='none'; got {options.grad_filter}")
+
+
+def _check_main_grad(main_grad: Any, student: Source) -> None:
+    if main_grad is None:
+        return
+    if not isinstance(student, Hidden) or not student.weight.requires_grad:
+        raise ValueError("main_grad: expected None without a head that requires a gradient; got a tensor")
+    if student.weight.dtype in (torch.float16, torch.float64):
+        raise ValueError(f"main_grad: expected a head in fp32 or bf16; got {student.weight.dtype}")
+    check_rows("main_grad", main_grad, student.weight.shape, student.weight.device, (torch.float32,))
+    if not main_grad.is_contiguous():
+        raise ValueError(f"main_grad: expected a contiguous tensor; got strides {main_grad.stride()}")
 
 
 def _check_hidden(name: str, source: Hidden) -> None:
@@ -161,7 +304,7 @@ def _check_hidden(name: str, source: Hidden) -> None:
 
 
 def _check_floats(name: str, tensor: Any, shape: str, dims: int | None) -> None:
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor {shape}; got {type(tensor).__name__}")
     if hasattr(tensor, "device_mesh"):
         raise ValueError(
@@ -178,6 +321,6 @@ def _check_floats(name: str, tensor: Any, shape: str, dims: int | None) -> None:
         )
 
 
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} of the student; got {tensor.device}")

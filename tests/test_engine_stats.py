@@ -39,6 +39,7 @@ def test_every_field_is_what_its_name_says(temperature: float, backend: str) -> 
         teacher_logprob=t.log_prob(ids),
         top1_agreement=(s.probs.argmax(-1) == t.probs.argmax(-1)).double(),
         clipped_fraction=1 - positive.clamp(max=0.05).sum(-1) / positive.sum(-1),
+        dropped_share=torch.zeros(4, 6),
     )
     for name, value, truth in zip(TokenStats._fields, stats, expected, strict=True):
         assert value.dtype == torch.float32, name

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd_kernels import Hidden, Logits, Objective, loss, named_objectives, token_stats
-from opsd_kernels.backends.triton import rows
+from opsd_kernels.backends.triton import tiles
 from opsd_kernels.testing import Case, assert_case_accurate, evaluate, hidden_case, logits_case
 
 OBJECTIVES = {
@@ -50,10 +50,10 @@ def assert_within_rounding(case: Case) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_blocks() -> Iterator[None]:
-    saved = rows.BLOCK, rows.STATS_BLOCK, rows.SPLITS
-    rows.BLOCK, rows.STATS_BLOCK, rows.SPLITS = 32, 16, 3
+    saved = tiles.DEFAULT
+    tiles.DEFAULT = tiles.Tiles(block=32, stats_block=16, splits=3, filter_rows=2, filter_block=16)
     yield
-    rows.BLOCK, rows.STATS_BLOCK, rows.SPLITS = saved
+    tiles.DEFAULT = saved
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -124,15 +124,17 @@ def test_row_strides_beyond_int32() -> None:
     because a wrong offset is a segmentation fault."""
     program = """
 import torch
-from opsd_kernels.backends.triton import rows
+from opsd_kernels.backends.triton import rows, tiles
+from opsd_kernels.engine.rows import GradientForm
 from opsd_kernels import Objective
-rows.BLOCK, rows.SPLITS = 32, 2
+tiles.DEFAULT = tiles.Tiles(block=32, splits=2)
+form = GradientForm(torch.float32)
 memory = torch.empty(2 * 2**30 + 64)
 z_t = memory.as_strided((3, 50), (2**30, 1))
 z_t.copy_(torch.randn(3, 50))
 z_s, kept = torch.randn(3, 50), z_t.contiguous()
-losses = rows.row_gradient_(z_s, z_t, Objective("jsd"), torch.ones(3))
-expected = rows.row_gradient_(z_s, kept, Objective("jsd"), torch.ones(3))
+losses, _ = rows.row_gradient_(z_s, z_t, Objective("jsd"), torch.ones(3), form)
+expected, _ = rows.row_gradient_(z_s, kept, Objective("jsd"), torch.ones(3), form)
 assert torch.equal(losses, expected) and torch.equal(z_t, kept)
 print("equal")
 """

@@ -5,14 +5,17 @@ The gradient is formed in the forward pass, so that nothing of size [N, V] has t
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from opsd_kernels.engine import plan
+from opsd_kernels.engine import plan, supports
+from opsd_kernels.engine.gradients import Gradients
 from opsd_kernels.engine.problem import Problem
-from opsd_kernels.engine.projection import Projection, mm_, prepare_pair
-from opsd_kernels.sources import Hidden
+from opsd_kernels.engine.projection import Projection
+from opsd_kernels.engine.rows import GradientForm
+from opsd_kernels.engine.teachers import LogitsSource, prepare
 
 ALL = slice(None)
 
@@ -22,119 +25,150 @@ class Chunks:
     """Two reusable `[C, V]` logits buffers and the walk over the live rows that fills them."""
 
     student: Projection
-    teacher: Projection
+    teacher: LogitsSource
     spans: list[slice]
-    buffers: torch.Tensor
+    buffers: Tensor
+    vocab: int
 
     @classmethod
     def of(cls, problem: Problem, trainable_head: bool = False) -> "Chunks":
         """Plans the chunks of a problem and allocates the buffers."""
-        student, teacher = prepare_pair(
-            problem.student, problem.teacher, problem.rows, problem.temperature, problem.dtype
-        )
-        itemsize = problem.dtype.itemsize
-        budget = plan.workspace_bytes(
-            problem.workspace_bytes, problem.vocab, itemsize, problem.device.type, trainable_head
-        )
-        rows = plan.length(problem.live_rows, problem.vocab * itemsize, budget)
-        buffers = torch.empty(2, rows, problem.vocab, dtype=problem.dtype, device=problem.device)
-        return cls(student, teacher, plan.spans(problem.live_rows, rows), buffers)
+        student, teacher = prepare(problem)
+        rows = plan.chunk_rows(problem, trainable_head)
+        # Rows start at multiples of 64 bytes, as matrix products like it.
+        width = -(-problem.vocab // 16) * 16
+        buffers = torch.empty(2, rows, width, **problem.like)
+        return cls(student, teacher, plan.spans(problem.live_rows, rows), buffers, problem.vocab)
 
-    def logits(self, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, span: slice) -> tuple[Tensor, Tensor]:
         """Student's and teacher's z / T of the live rows `span`; valid until the next call."""
-        z_s, z_t = self.buffers[:, : span.stop - span.start]
+        z_s, z_t = self.buffers[:, : span.stop - span.start, : self.vocab]
         self.student.logits_(z_s, span, ALL)
-        self.teacher.logits_(z_t, span, ALL)
+        self.teacher.logits_(z_t, span, ALL, z_s)
         return z_s, z_t
 
 
+class Results(NamedTuple):
+    """What a walk with gradients leaves."""
+
+    loss: Tensor
+    """Weighted sum of the token losses, a scalar in `problem.dtype`."""
+    gradients: list[Tensor | None]
+    """Of each of the student's tensors, in `problem.dtype` and the tensor's shape; None if not wanted."""
+    stats: dict[str, Tensor]
+    """Token statistics of the live rows by field, each `[n]`; none if they were not asked for."""
+
+
 def loss_and_gradients(
-    problem: Problem, backend: ModuleType, wanted: tuple[bool, ...]
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    problem: Problem, backend: ModuleType, wanted: list[bool], with_stats: bool = False
+) -> Results:
     """Weighted sum of the token losses and its gradients by the student's tensors.
 
     Args:
         problem: the work.
-        backend: module with `row_gradient_`.
-        wanted: for each of `problem.student.tensors`, whether its gradient is needed.
-
-    Returns:
-        The scalar loss in `problem.dtype`, and for each tensor its gradient in `problem.dtype` or None;
-        those of hidden states and logits hold the live rows only.
+        backend: module of row functions.
+        wanted: for each of the student's tensors, whether its gradient is needed.
+        with_stats: whether to return the token statistics, at two more readings of the logits.
     """
-    gradients = Gradients.zeros(problem, wanted)
+    gradients = Gradients.of(problem, wanted)
     chunks = Chunks.of(problem, trainable_head=gradients.weight is not None)
-    loss = torch.zeros((), dtype=problem.dtype, device=problem.device)
+    form = GradientForm(chunks.student.operand_dtype, chunks.student.cap)
+    loss = torch.zeros((), **problem.like)
+    parts: list[dict[str, Tensor]] = []
+    for span in chunks.spans:
+        z_s, z_t = chunks.logits(span)
+        stats = None
+        if with_stats or problem.weigher is not None:
+            stats = row_stats(problem, backend, z_s, z_t, span)
+        weight = problem.weight[span]
+        if problem.weigher is not None and stats is not None:
+            weight = problem.weigher(stats).to(problem.dtype)
+        coefficient = weight * chunks.student.slope
+        losses, dz = row_gradient_(problem, backend, z_s, z_t, span, coefficient, form)
+        loss += (losses * weight).sum()  # autocast would round the operands of `@`
+        eps = problem.options.grad_filter
+        if eps is None:
+            gradients.add_(chunks.student, dz, span)
+        else:
+            live = backend.live_columns(dz, coefficient.abs() * eps)
+            dropped = gradients.add_filtered_(chunks.student, dz, span, live)
+            stats = None if stats is None else {**stats, "dropped_share": dropped}
+        parts += [] if stats is None else [stats]
+    return Results(loss, gradients.as_list(len(wanted)), joined(parts) if with_stats else {})
+
+
+def loss_only(problem: Problem, backend: ModuleType, with_stats: bool = False) -> Results:
+    """Weighted sum of the token losses with two GEMMs, when no gradient is needed."""
+    chunks = Chunks.of(problem)
+    loss = torch.zeros((), **problem.like)
+    parts: list[dict[str, Tensor]] = []
     for span in chunks.spans:
         z_s, z_t = chunks.logits(span)
         weight = problem.weight[span]
-        losses = backend.row_gradient_(z_s, z_t, problem.objective, weight * chunks.student.slope)
-        loss += (losses * weight).sum()  # autocast would round the operands of `@`
-        chunks.student.through_cap_(z_t, z_s)
-        gradients.add_(chunks.student, z_t, span)
-    return loss, gradients.as_list()
+        if with_stats or problem.weigher is not None:
+            parts.append(row_stats(problem, backend, z_s, z_t, span))
+        if problem.weigher is not None:
+            weight = problem.weigher(parts[-1]).to(problem.dtype)
+        loss += (row_loss(problem, backend, z_s, z_t, span) * weight).sum()
+    return Results(loss, [], joined(parts) if with_stats else {})
 
 
-def loss_only(problem: Problem, backend: ModuleType) -> torch.Tensor:
-    """Weighted sum of the token losses with two GEMMs, when no gradient is needed."""
+def token_stats(problem: Problem, backend: ModuleType) -> dict[str, Tensor]:
+    """Statistics of the live rows by field, each `[n]`."""
     chunks = Chunks.of(problem)
-    loss = torch.zeros((), dtype=problem.dtype, device=problem.device)
-    for span in chunks.spans:
-        losses = backend.row_loss(*chunks.logits(span), problem.objective).loss
-        loss += (losses * problem.weight[span]).sum()
-    return loss
+    return joined(
+        [row_stats(problem, backend, *chunks.logits(span), span) for span in chunks.spans]
+    )
 
 
-def token_stats(
-    problem: Problem, backend: ModuleType, token_ids: torch.Tensor
-) -> list[dict[str, torch.Tensor]]:
-    """Statistics of the live rows, a dict of `[C]` tensors per chunk; `token_ids` is `[n]`."""
-    chunks = Chunks.of(problem)
-    return [
-        backend.row_stats(*chunks.logits(span), problem.objective, token_ids[span]) for span in chunks.spans
-    ]
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Values of the chunks one after another, by name; no names for no chunks."""
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
-@dataclass
-class Gradients:
-    """Accumulators in `problem.dtype` for the student's tensors; None where no gradient is needed.
+def row_gradient_(
+    problem: Problem, backend: ModuleType, z_s: Tensor, z_t: Tensor, span: slice, coefficient: Tensor,
+    form: GradientForm,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Token losses `[C]` and coefficient * dL/dz in place of the logits, over the objective's support."""
+    objective = problem.objective
+    if objective.support is None:
+        losses, dz = backend.row_gradient_(z_s, z_t, objective, coefficient, form)
+    else:
+        given = given_entries(problem, span)
+        losses, dz = supports.row_gradient_(z_s, z_t, objective, given, coefficient, form, backend)
+    return losses, dz
 
-    dW is summed over the chunks in fp32, whatever the head's dtype, so its error does not grow with them.
-    """
 
-    hidden: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    z: torch.Tensor | None = None
-    dense: bool = False
+def row_loss(problem: Problem, backend: ModuleType, z_s: Tensor, z_t: Tensor, span: slice) -> Tensor:
+    """Token losses `[C]`; the logits are used up."""
+    objective = problem.objective
+    if objective.support is None:
+        losses: Tensor = backend.row_loss(z_s, z_t, objective).loss
+        return losses
+    selection = supports.Selection.of(z_s, z_t, objective.support, given_entries(problem, span), backend)
+    return supports.row_loss(selection, objective).loss
 
-    @classmethod
-    def zeros(cls, problem: Problem, wanted: tuple[bool, ...]) -> "Gradients":
-        """Allocates what is wanted; the first chunk overwrites, so only an empty walk needs zeros."""
-        allocate = torch.zeros if problem.live_rows == 0 else torch.empty
-        n, student = problem.live_rows, problem.student
-        like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
-        if not isinstance(student, Hidden):
-            return cls(z=allocate(n, problem.vocab, **like) if wanted[0] else None, dense=True)
-        hidden = allocate(n, student.hidden.shape[1], **like) if wanted[0] else None
-        weight = allocate(student.weight.shape, **like) if wanted[1] else None
-        bias = torch.zeros(problem.vocab, **like) if wanted[2] else None
-        return cls(hidden, weight, bias)
 
-    def add_(self, student: Projection, dz: torch.Tensor, span: slice) -> None:
-        """Adds a chunk's part; `dz` `[C, V]` is the gradient of `hidden @ weight.T + bias`, or of z."""
-        if self.z is not None:
-            self.z[span] = dz
-            return
-        assert isinstance(student.source, Hidden)
-        operand = student.operand(dz)
-        if self.hidden is not None:
-            mm_(self.hidden[span], operand, student.source.weight)
-        if self.weight is not None:
-            mm_(self.weight, operand.T, student.hidden(span), accumulate=span.start > 0)
-        if self.bias is not None:
-            self.bias += dz.sum(0)
+def row_stats(
+    problem: Problem, backend: ModuleType, z_s: Tensor, z_t: Tensor, span: slice
+) -> dict[str, Tensor]:
+    """Values `[C]` of every field of `TokenStats`; the logits are left as they are."""
+    ids = torch.zeros_like(z_s[:, 0], dtype=torch.int64)
+    if problem.token_ids is not None:
+        ids = problem.token_ids[span]
+    stats: dict[str, Tensor] = backend.row_stats(z_s, z_t, problem.objective, ids)
+    if problem.token_ids is None:
+        absent = torch.full_like(stats["forward_kl"], torch.nan)
+        stats |= {"student_logprob": absent, "teacher_logprob": absent}
+    if problem.objective.support is not None:
+        selection = supports.Selection.of(
+            z_s.clone(), z_t.clone(), problem.objective.support, given_entries(problem, span), backend
+        )
+        stats["clipped_fraction"] = supports.row_loss(selection, problem.objective).clipped
+    return stats | {"dropped_share": torch.zeros_like(stats["forward_kl"])}
 
-    def as_list(self) -> list[torch.Tensor | None]:
-        """In the order of the source's `tensors`."""
-        return [self.z] if self.dense else [self.hidden, self.weight, self.bias]
+
+def given_entries(problem: Problem, span: slice) -> Tensor | None:
+    """`[C, K]` entries of a support that is given."""
+    return None if problem.support_ids is None else problem.support_ids[span]

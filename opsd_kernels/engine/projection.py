@@ -1,13 +1,19 @@
-"""From a source to logits and back: the GEMMs of the engine, and nothing else."""
+"""From a source to logits: the matrix products of the engine, and nothing else."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from opsd_kernels.sources import Hidden, Logits, Source
 
 
-def mm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumulate: bool = False) -> None:
+def keeps_operands(device: torch.device) -> bool:
+    """Whether the device multiplies 2-byte operands into an fp32 result: there they are never widened."""
+    return device.type == "cuda"
+
+
+def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b, computed and stored in `out`'s dtype.
 
     On CUDA 2-byte operands stay as they are and the GEMM emits fp32: casting them would run it at the fp32
@@ -27,84 +33,96 @@ def mm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumulate: bool
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A source ready for repeated GEMMs.
+class Setting:
+    """What every projection of a problem shares.
 
     Args:
-        source: flattened source.
         rows: `[n]` indices of the live rows, None for all.
         temperature: T.
         dtype: dtype of logits and accumulators.
+        operand: dtype to which operands are rounded where the device gains by it (autocast), or None.
     """
 
-    source: Source
-    rows: torch.Tensor | None
+    rows: Tensor | None
     temperature: float
     dtype: torch.dtype
+    operand: torch.dtype | None = None
+
+    def take(self, tensor: Tensor, span: slice) -> Tensor:
+        """The live rows `span` of a tensor with a row per token."""
+        return tensor[span] if self.rows is None else tensor.index_select(0, self.rows[span])
+
+    def head_dtype(self, weight: Tensor) -> torch.dtype:
+        """In which dtype a head is multiplied: its own or autocast's on CUDA, that of the logits elsewhere."""
+        if not keeps_operands(weight.device):
+            return self.dtype
+        narrow = self.operand is not None and weight.dtype == torch.float32
+        return self.operand if narrow and self.operand is not None else weight.dtype
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A source ready for repeated GEMMs: its head is in the dtype in which it is multiplied."""
+
+    source: Source
+    setting: Setting
 
     @classmethod
-    def prepare(
-        cls, source: Source, rows: torch.Tensor | None, temperature: float, dtype: torch.dtype
-    ) -> "Projection":
-        """Where the device has no mixed-dtype GEMM, casts the head once instead of once a chunk."""
-        if isinstance(source, Hidden) and not source.weight.is_cuda and source.weight.dtype != dtype:
-            source = source.with_tensors(source.hidden, source.weight.to(dtype), source.bias)
-        return cls(source, rows, temperature, dtype)
+    def prepare(cls, source: Source, setting: Setting) -> "Projection":
+        """Casts the head once instead of once a chunk."""
+        if isinstance(source, Hidden):
+            weight = source.weight.to(setting.head_dtype(source.weight))
+            source = source.with_tensors([source.hidden, weight, *source.tensors[2:]])
+        return cls(source, setting)
 
-    def logits_(self, out: torch.Tensor, span: slice, columns: slice) -> None:
-        """Writes z / T of the live rows `span` and the vocabulary `columns` into `out`."""
+    def logits_(self, out: Tensor, span: slice, columns: slice, z_s: Tensor | None = None) -> None:
+        """Writes z / T of the live rows `span` and the vocabulary `columns` into `out`.
+
+        Args:
+            out: `[rows, columns]` in the setting's dtype.
+            span: of live rows.
+            columns: of the vocabulary.
+            z_s: the student's logits of the same rows and columns, for teachers that are made of them.
+        """
         source = self.source
         if isinstance(source, Logits):
-            out.copy_(self._take(source.z[:, columns], span))
+            out.copy_(self.setting.take(source.z[:, columns], span))
         else:
-            mm_(out, self._take(source.hidden, span), source.weight[columns].T)
+            weight = source.weight[columns]
+            mm_(out, self.setting.take(source.hidden, span).to(weight.dtype), weight.T)
             if source.bias is not None:
                 out += source.bias[columns]
-            if source.logit_scale != 1:
-                out *= source.logit_scale
-            if source.softcap is not None:
-                out.div_(source.softcap).tanh_().mul_(source.softcap)
-        if self.temperature != 1:
-            out /= self.temperature
+            scale_and_cap_(out, source)
+        if self.setting.temperature != 1:
+            out /= self.setting.temperature
 
     @property
     def slope(self) -> float:
         """d(z / T) / d(hidden @ weight.T + bias), the soft-cap aside."""
         scale = self.source.logit_scale if isinstance(self.source, Hidden) else 1.0
-        return scale / self.temperature
+        return scale / self.setting.temperature
 
-    def through_cap_(self, dz: torch.Tensor, z: torch.Tensor) -> None:
-        """Multiplies `dz` by the soft-cap's slope 1 - (z / softcap)^2; `z` holds z / T and is used up."""
-        if isinstance(self.source, Hidden) and self.source.softcap is not None:
-            ratio = z.mul_(self.temperature / self.source.softcap)
-            dz.addcmul_(dz, ratio.square_(), value=-1)
+    @property
+    def cap(self) -> float | None:
+        """Soft-cap of z / T; its slope there is 1 - (z / T / cap)^2."""
+        if not isinstance(self.source, Hidden) or self.source.softcap is None:
+            return None
+        return self.source.softcap / self.setting.temperature
 
-    def operand(self, dz: torch.Tensor) -> torch.Tensor:
-        """`dz` in the dtype in which the device multiplies it with the head: on CUDA rounded to it, once."""
-        if dz.is_cuda and isinstance(self.source, Hidden):
-            return dz.to(self.source.weight.dtype)
-        return dz
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """In which dtype dlogits are multiplied: on CUDA they are rounded to the head's, once."""
+        return self.source.weight.dtype if isinstance(self.source, Hidden) else self.setting.dtype
 
-    def hidden(self, span: slice) -> torch.Tensor:
-        """`[C, H]` hidden states of live rows."""
+    def hidden(self, span: slice) -> Tensor:
+        """`[C, H]` hidden states of live rows, as an operand."""
         assert isinstance(self.source, Hidden)
-        return self._take(self.source.hidden, span)
-
-    def _take(self, tensor: torch.Tensor, span: slice) -> torch.Tensor:
-        return tensor[span] if self.rows is None else tensor.index_select(0, self.rows[span])
+        return self.setting.take(self.source.hidden, span).to(self.source.weight.dtype)
 
 
-def prepare_pair(
-    student: Source, teacher: Source, rows: torch.Tensor | None, temperature: float, dtype: torch.dtype
-) -> tuple[Projection, Projection]:
-    """Student's and teacher's projection; a head that both use, sliced or detached perhaps, is cast once."""
-    first = Projection.prepare(student, rows, temperature, dtype)
-    if (
-        isinstance(student, Hidden)
-        and isinstance(teacher, Hidden)
-        and isinstance(first.source, Hidden)
-        and teacher.weight.dtype == student.weight.dtype
-        and teacher.weight.is_set_to(student.weight)
-    ):
-        teacher = teacher.with_tensors(teacher.hidden, first.source.weight, teacher.bias)
-    return first, Projection.prepare(teacher, rows, temperature, dtype)
+def scale_and_cap_(z: Tensor, head: Hidden) -> None:
+    """What follows `hidden @ weight.T + bias`, in place."""
+    if head.logit_scale != 1:
+        z *= head.logit_scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)

@@ -1,8 +1,10 @@
 """What the backends' row functions share: the statistics of a row, and what follows once V is summed away."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from opsd_kernels.objectives import Objective
 
@@ -13,30 +15,56 @@ INFINITE_LOSS = 1e10
 class RowStatistics(NamedTuple):
     """What a row needs once its logits are gone, each `[C]`; the two sums may be of a wider dtype."""
 
-    loss: torch.Tensor
+    loss: Tensor
     """Loss of the token, clips applied."""
-    top_s: torch.Tensor
+    top_s: Tensor
     """Largest student logit."""
-    sum_s: torch.Tensor
+    sum_s: Tensor
     """sum exp(z_s - top_s)."""
-    top_t: torch.Tensor
+    top_t: Tensor
     """Largest teacher logit."""
-    sum_t: torch.Tensor
+    sum_t: Tensor
     """sum exp(z_t - top_t)."""
-    total: torch.Tensor
+    total: Tensor
     """sum_v a_v, for probabilities that sum to 1."""
-    scale: torch.Tensor
+    scale: Tensor
     """Factor of the gradient by `token_clip`, 1 where the token is not clipped."""
 
 
-def divergence(value_sum: torch.Tensor, objective: Objective) -> torch.Tensor:
+@dataclass(frozen=True)
+class GradientForm:
+    """How the gradient of the logits is wanted.
+
+    Args:
+        dtype: fp32 (or fp64), or the 2-byte dtype in which it will be multiplied with the head.
+        cap: soft-cap of z / T, through whose slope 1 - (z / T / cap)^2 the gradient goes; None: no cap.
+    """
+
+    dtype: torch.dtype
+    cap: float | None = None
+
+    def over(self, z_t: Tensor) -> Tensor:
+        """The gradient's place `[C, V]`: the memory of the teacher's logits, each row at its row's start.
+
+        A 2-byte gradient takes the first half of a row. It is written only after the logits below have been
+        read, so no buffer is needed beyond the two of the logits.
+        """
+        if z_t.dtype == self.dtype:
+            return z_t
+        return z_t.view(self.dtype)[:, : z_t.shape[1]]
+
+
+def divergence(value_sum: Tensor, objective: Objective) -> Tensor:
     """`[C]` divergences before `token_clip`, from the sums over the vocabulary."""
     loss = torch.where(value_sum > INFINITE_LOSS, torch.inf, value_sum)
-    # Without a clip a divergence is below 0 by rounding only.
-    return loss.clamp(min=0) if objective.entry_clip is None else loss
+    signed = objective.entry_clip is not None
+    if objective.support is not None:
+        signed = signed or objective.support.rest == "drop"
+    # Without a clip the divergence of two distributions is below 0 by rounding only.
+    return loss if signed else loss.clamp(min=0)
 
 
-def clip_tokens(loss: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+def clip_tokens(loss: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """`[C]` losses with `token_clip`, and the factor of their gradients."""
     bound = objective.token_clip
     if bound is None:
@@ -45,9 +73,7 @@ def clip_tokens(loss: torch.Tensor, objective: Objective) -> tuple[torch.Tensor,
     return loss.clamp(max=bound), torch.where(loss > bound, kept, 1.0)
 
 
-def clipped_fraction(
-    positive: torch.Tensor, kept: torch.Tensor, loss: torch.Tensor, objective: Objective
-) -> torch.Tensor:
+def clipped_fraction(positive: Tensor, kept: Tensor, loss: Tensor, objective: Objective) -> Tensor:
     """`[C]` 1 minus what the clips leave: of the positive terms' sum, then of the token's loss.
 
     Args:

@@ -8,41 +8,45 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from opsd_kernels.engine.problem import Problem
-from opsd_kernels.objectives import Objective
-from opsd_kernels.sources import Hidden, Source
+from opsd_kernels.objectives import Objective, Support
+from opsd_kernels.sources import Hidden, Logits, LogLinear, Mixture, Source, Teacher
 
 
-def token_loss(problem: Problem) -> torch.Tensor:
+def token_loss(problem: Problem) -> Tensor:
     """`[n]` loss of every live row, differentiable with respect to the student's tensors."""
-    ls, lt = _log_probs(problem)
-    return _clipped_sum(_terms(ls, lt, problem.objective), problem.objective)
+    return _clipped_sum(_terms_on_support(problem), problem.objective)
 
 
-def token_stats(problem: Problem, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`[n]` values of every field of `TokenStats`, for `token_ids` `[n]` of the live rows."""
+def token_stats(problem: Problem) -> dict[str, Tensor]:
+    """`[n]` values of every field of `TokenStats`."""
     ls, lt = _log_probs(problem)
-    terms = _terms(ls, lt, problem.objective)
+    if problem.token_ids is None:
+        student_logprob = teacher_logprob = torch.full_like(ls[:, 0], torch.nan)
+    else:
+        student_logprob, teacher_logprob = (x.gather(-1, problem.token_ids[:, None])[:, 0] for x in (ls, lt))
     return {
         "forward_kl": _terms(ls, lt, Objective("forward_kl")).sum(-1),
         "reverse_kl": _terms(ls, lt, Objective("reverse_kl")).sum(-1),
         "jsd": _terms(ls, lt, Objective("jsd", beta=0.5)).sum(-1),
         "student_entropy": -(ls.exp() * _finite(ls)).sum(-1),
         "teacher_entropy": -(lt.exp() * _finite(lt)).sum(-1),
-        "student_logprob": ls.gather(-1, token_ids[:, None])[:, 0],
-        "teacher_logprob": lt.gather(-1, token_ids[:, None])[:, 0],
+        "student_logprob": student_logprob,
+        "teacher_logprob": teacher_logprob,
         "top1_agreement": (ls.argmax(-1) == lt.argmax(-1)).to(ls.dtype),
-        "clipped_fraction": _clipped_fraction(terms, problem.objective),
+        "clipped_fraction": _clipped_fraction(_terms_on_support(problem), problem.objective),
+        "dropped_share": torch.zeros_like(ls[:, 0]),
     }
 
 
-def logits(source: Source, rows: torch.Tensor | None = None) -> torch.Tensor:
+def logits(source: Source, rows: Tensor | None = None) -> Tensor:
     """`[n, V]` logits of a source at `rows` (None for all), in fp32 or fp64."""
-    tensors = [x for x in source.tensors if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    double = any(x.dtype == torch.float64 for x in source.tensors)
+    dtype = torch.float64 if double else torch.float32
     # Rows are selected first: a NaN in a dead row must not reach dW as 0 * NaN.
-    first = tensors[0].to(dtype) if rows is None else tensors[0][rows].to(dtype)
+    first = source.tensors[0].to(dtype) if rows is None else source.tensors[0][rows].to(dtype)
     if not isinstance(source, Hidden):
         return first
     bias = None if source.bias is None else source.bias.to(dtype)
@@ -51,19 +55,100 @@ def logits(source: Source, rows: torch.Tensor | None = None) -> torch.Tensor:
     return z if source.softcap is None else source.softcap * torch.tanh(z / source.softcap)
 
 
-def _log_probs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def teacher_log_probs(source: Teacher, rows: Tensor | None, temperature: float) -> Tensor:
+    """`[n, V]` log-probabilities of a teacher, whatever it is made of."""
+    if isinstance(source, Hidden | Logits):
+        return F.log_softmax(logits(source, rows) / temperature, dim=-1)
+    if isinstance(source, LogLinear):
+        streams = [_factor(a, rows) * logits(stream, rows) for a, stream in source.streams]
+        excluded = torch.stack([logits(stream, rows) == -torch.inf for _, stream in source.streams]).any(0)
+        z = torch.stack(streams).sum(0).masked_fill(excluded, -torch.inf)
+        return F.log_softmax(z / temperature, dim=-1)
+    if isinstance(source, Mixture):
+        parts = [_factor(w, rows) * teacher_log_probs(x, rows, temperature).exp() for w, x in source.streams]
+        return torch.stack(parts).sum(0).log()
+    choice = source.index if rows is None else source.index[rows]
+    parts = [teacher_log_probs(x, rows, temperature) for x in source.sources]
+    return torch.stack(parts)[choice.long(), torch.arange(choice.numel(), device=choice.device)]
+
+
+def _factor(factor: float | Tensor, rows: Tensor | None) -> float | Tensor:
+    if not isinstance(factor, Tensor):
+        return factor
+    return (factor if rows is None else factor[rows])[:, None]
+
+
+def _log_probs(problem: Problem) -> tuple[Tensor, Tensor]:
     z_s = logits(problem.student, problem.rows)
-    z_t = logits(problem.teacher, problem.rows).detach().clone()  # a tensor of inference_mode cannot be saved
-    dtype = torch.promote_types(z_s.dtype, z_t.dtype)
-    return tuple(F.log_softmax(z.to(dtype) / problem.temperature, dim=-1) for z in (z_s, z_t))  # type: ignore[return-value]
+    ls = F.log_softmax(z_s.to(problem.dtype) / problem.temperature, dim=-1)
+    # A tensor of inference_mode cannot be saved, hence the clone.
+    lt = teacher_log_probs(problem.teacher, problem.rows, problem.temperature).detach().clone()
+    return ls, lt.to(problem.dtype)
 
 
-def _terms(ls: torch.Tensor, lt: torch.Tensor, objective: Objective) -> torch.Tensor:
+def _terms_on_support(problem: Problem) -> Tensor:
+    """`[n, entries]` signed terms over the objective's support."""
+    ls, lt = _log_probs(problem)
+    support = problem.objective.support
+    if support is None:
+        return _terms(ls, lt, problem.objective)
+    inside = _entries(ls, lt, support, problem.support_ids)
+    if support.rest == "drop":
+        return torch.where(inside, _terms(ls, lt, problem.objective), 0.0)
+    if support.rest == "renormalise":
+        ls, lt = _renormalised(ls, inside), _renormalised(lt, inside)
+    else:
+        ls, lt = _with_tail(ls, inside), _with_tail(lt, inside)
+    return _terms(ls, lt, problem.objective)
+
+
+def _entries(ls: Tensor, lt: Tensor, support: Support, given: Tensor | None) -> Tensor:
+    """`[n, V]` bool: the entries of the support."""
+
+    def of(ids: Tensor) -> Tensor:
+        padded = F.pad(torch.zeros_like(ls, dtype=torch.bool), (1, 0))
+        return padded.scatter(1, ids + 1, True)[:, 1:]
+
+    if support.of == "given":
+        assert given is not None
+        return of(given)
+    assert support.k is not None
+    k = min(support.k, ls.shape[1])
+    student, teacher = (of(x.topk(k, dim=1).indices) for x in (ls, lt))
+    chosen = {
+        "student": student,
+        "teacher": teacher,
+        "union": student | teacher,
+        "intersection": student & teacher,
+    }
+    return chosen[support.of]
+
+
+def _renormalised(log_p: Tensor, inside: Tensor) -> Tensor:
+    some = inside.any(1, keepdim=True)
+    kept = torch.where(inside, log_p, -torch.inf)
+    kept = torch.where(some, kept, 0.0)  # keeps the branch that is not taken finite
+    return torch.where(some & inside, kept - kept.logsumexp(1, keepdim=True), -torch.inf)
+
+
+def _with_tail(log_p: Tensor, inside: Tensor) -> Tensor:
+    """Log-probabilities inside, and the log of all other mass as a last column."""
+    outside = torch.where(inside, -torch.inf, log_p)
+    mass = (outside != -torch.inf).any(1, keepdim=True)
+    tail = torch.where(mass, outside, 0.0).logsumexp(1, keepdim=True)
+    return torch.cat((torch.where(inside, log_p, -torch.inf), torch.where(mass, tail, -torch.inf)), 1)
+
+
+def _terms(ls: Tensor, lt: Tensor, objective: Objective) -> Tensor:
     """`[n, V]` signed terms l_v as published."""
     if objective.divergence == "forward_kl" or (objective.divergence == "jsd" and objective.beta == 0):
         return _kl(lt, ls)
     if objective.divergence == "reverse_kl" or (objective.divergence == "jsd" and objective.beta == 1):
         return _kl(ls, lt)
+    if objective.divergence == "reverse_kl_sg":
+        kept = _kl(ls, lt).detach()
+        # s (sg[log s] - log t) varies with s alone: d/d log s is the term itself.
+        return kept * (1 + _finite(ls) - _finite(ls).detach())
     if objective.divergence == "jsd":
         beta = objective.beta
         lm = torch.logaddexp(_finite(lt) + math.log(beta), _finite(ls) + math.log(1 - beta))
@@ -71,19 +156,19 @@ def _terms(ls: torch.Tensor, lt: torch.Tensor, objective: Objective) -> torch.Te
     raise ValueError(f"objective: the reference has no definition of {objective.divergence!r}")
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (log p - log q), 0 where p = 0; the branch not taken is kept finite: its gradient is 0, not NaN."""
     outside = log_p == -torch.inf
     difference = torch.where(outside, 0.0, log_p) - torch.where(outside, 0.0, log_q)
     return log_p.exp() * difference
 
 
-def _clipped_sum(terms: torch.Tensor, objective: Objective) -> torch.Tensor:
+def _clipped_sum(terms: Tensor, objective: Objective) -> Tensor:
     token = _clip(terms, objective.entry_clip, objective.clip_mode).sum(-1)
     return _clip(token, objective.token_clip, objective.clip_mode)
 
 
-def _clip(x: torch.Tensor, bound: float | None, mode: str) -> torch.Tensor:
+def _clip(x: Tensor, bound: float | None, mode: str) -> Tensor:
     if bound is None:
         return x
     if mode == "zero":
@@ -92,7 +177,7 @@ def _clip(x: torch.Tensor, bound: float | None, mode: str) -> torch.Tensor:
     return torch.where(x == torch.inf, bound, scaled)
 
 
-def _clipped_fraction(terms: torch.Tensor, objective: Objective) -> torch.Tensor:
+def _clipped_fraction(terms: Tensor, objective: Objective) -> Tensor:
     """Share of the positive terms' sum that `entry_clip` removes, then of the loss by `token_clip`."""
     kept = torch.ones_like(terms[:, 0])
     if objective.entry_clip is not None:
@@ -105,6 +190,6 @@ def _clipped_fraction(terms: torch.Tensor, objective: Objective) -> torch.Tensor
     return 1 - kept
 
 
-def _finite(log_p: torch.Tensor) -> torch.Tensor:
+def _finite(log_p: Tensor) -> Tensor:
     """log p with -inf replaced by the lowest finite number: p is 0 there."""
     return log_p.clamp(min=torch.finfo(log_p.dtype).min)

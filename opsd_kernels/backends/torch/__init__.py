@@ -6,9 +6,26 @@ They walk the chunk in blocks of rows so that the dozen temporaries of a block s
 
 import torch
 
-from opsd_kernels.backends.torch.rows import row_gradient_, row_loss, row_stats, slab_gradient_
+from opsd_kernels.backends.torch.rows import (
+    live_columns,
+    normalisers,
+    row_gradient_,
+    row_loss,
+    row_stats,
+    slab_gradient_,
+    softmax_gradient_,
+)
 
-__all__ = ["row_gradient_", "row_loss", "row_stats", "slab_gradient_", "unsupported"]
+__all__ = [
+    "live_columns",
+    "normalisers",
+    "row_gradient_",
+    "row_loss",
+    "row_stats",
+    "slab_gradient_",
+    "softmax_gradient_",
+    "unsupported",
+]
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -7,9 +7,26 @@ and compiled ahead of time for every target.
 import torch
 import triton
 
-from opsd_kernels.backends.triton.rows import row_gradient_, row_loss, row_stats, slab_gradient_
+from opsd_kernels.backends.triton.rows import (
+    live_columns,
+    normalisers,
+    row_gradient_,
+    row_loss,
+    row_stats,
+    slab_gradient_,
+    softmax_gradient_,
+)
 
-__all__ = ["row_gradient_", "row_loss", "row_stats", "slab_gradient_", "unsupported"]
+__all__ = [
+    "live_columns",
+    "normalisers",
+    "row_gradient_",
+    "row_loss",
+    "row_stats",
+    "slab_gradient_",
+    "softmax_gradient_",
+    "unsupported",
+]
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

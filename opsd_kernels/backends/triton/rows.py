@@ -4,63 +4,117 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opsd_kernels.backends.triton import kernels
-from opsd_kernels.engine.rows import RowStatistics, clip_tokens, clipped_fraction, divergence
+from opsd_kernels.backends.triton.tiles import tiles
+from opsd_kernels.engine.rows import GradientForm, RowStatistics, clip_tokens, clipped_fraction, divergence
 from opsd_kernels.objectives import Objective
 
-# 4,096 fp32 columns of two tensors over 8 warps are 16 values a thread each: no target spills.
-BLOCK = 4096
-# The statistics kernel keeps twice as much per entry.
-STATS_BLOCK = 2048
-WARPS = 8
-# Programs that share a row, so that its second and third reading hit the L2 cache.
-SPLITS = 4
+# Set for every launch, so that no default of Triton's decides about rounding.
+FP_FUSION = True
 
 
-def row_loss(z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective) -> RowStatistics:
+def row_loss(z_s: Tensor, z_t: Tensor, objective: Objective) -> RowStatistics:
     """Statistics of the rows of `z_s` and `z_t` `[C, V]`, which are left as they are."""
-    normaliser = _normaliser(z_s, z_t)
-    value, weight, mass = _sums(z_s, z_t, normaliser, objective)
+    top_s, sum_s, top_t, sum_t = normalisers(z_s, z_t)
+    numbers = _numbers(z_s, top_s, sum_s, top_t, sum_t)
+    value, weight, mass = _sums(z_s, z_t, numbers, objective)
     loss, scale = clip_tokens(divergence(value, objective), objective)
-    top_s, sum_s, top_t, sum_t = normaliser.unbind(-1)
     return RowStatistics(loss, top_s, sum_s, top_t, sum_t, weight / mass, scale)
 
 
 def row_gradient_(
-    z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective, coefficient: torch.Tensor
-) -> torch.Tensor:
-    """Losses `[C]` of the rows, and `coefficient * dL/dz_s` in place of the teacher's logits."""
+    z_s: Tensor, z_t: Tensor, objective: Objective, coefficient: Tensor, form: GradientForm
+) -> tuple[Tensor, Tensor]:
+    """Losses `[C]` of the rows, and `coefficient * dL/dz_s` `[C, V]` in the memory of the teacher's logits."""
     statistics = row_loss(z_s, z_t, objective)
-    slab_gradient_(z_s, z_t, objective, statistics, coefficient)
-    return statistics.loss
+    return statistics.loss, slab_gradient_(z_s, z_t, objective, statistics, coefficient, form)
 
 
 def slab_gradient_(
-    z_s: torch.Tensor,
-    z_t: torch.Tensor,
+    z_s: Tensor,
+    z_t: Tensor,
     objective: Objective,
     statistics: RowStatistics,
-    coefficient: torch.Tensor,
-) -> None:
-    """As `row_gradient_` for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
-    columns = (statistics.top_s, statistics.sum_s, statistics.top_t, statistics.sum_t)
-    normaliser = torch.stack(columns, dim=-1)
-    scale = (statistics.scale * coefficient).contiguous()
-    rows = (normaliser, statistics.total.contiguous(), scale)
-    _launch(kernels.gradient_kernel, z_s, z_t, rows, objective, clip=True)
+    coefficient: Tensor,
+    form: GradientForm,
+) -> Tensor:
+    """The gradient for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
+    numbers = _numbers(z_s, *statistics[1:5])
+    numbers[:, 4], numbers[:, 5] = statistics.total, statistics.scale * coefficient
+    dz, shape = form.over(z_t), tiles(z_s.device)
+    cap = 1.0 if form.cap is None else form.cap
+    # A gradient of 2 bytes lies over columns further left: one program reads and writes the row in order.
+    splits = shape.splits if dz is z_t else 1
+    _launch(
+        kernels.gradient_kernel,
+        (z_s.shape[0], splits),
+        (z_s, z_t, dz, z_s, numbers, z_s.shape[1], z_s.stride(0), z_t.stride(0), dz.stride(0))
+        + (float(objective.beta), float(objective.entry_clip or 0.0), float(cap)),
+        {**_entry_constants(objective), "CAPPED": form.cap is not None, "TILE": 0, "BLOCK": shape.block},
+    )
+    return dz
 
 
-def row_stats(
-    z_s: torch.Tensor, z_t: torch.Tensor, objective: Objective, token_ids: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """`[C]` values of every field of `TokenStats`; `token_ids` is `[C]`."""
-    normaliser = _normaliser(z_s, z_t)
+def normalisers(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`[C]` student's maximum and sum exp(z - maximum), teacher's likewise; -inf and 0 for an empty row."""
+    shape = tiles(z_s.device)
+    partial = _partial(z_s, 4)
+    arguments = (z_s, z_t, partial, z_s.shape[1], z_s.stride(0), z_t.stride(0))
+    _launch(kernels.normaliser_kernel, partial.shape[:2], arguments, {"BLOCK": shape.block})
+    tops, sums = partial[..., 0::2], partial[..., 1::2]
+    top = tops.amax(1)
+    # A part of excluded columns alone has a maximum of -inf and a sum of 0.
+    total = (sums * torch.exp(tops - top[:, None]).nan_to_num(0.0)).sum(1)
+    return top[:, 0], total[:, 0], top[:, 1], total[:, 1]
+
+
+def softmax_gradient_(
+    z_s: Tensor, z_t: Tensor, top: Tensor, log_sum: Tensor, coefficient: Tensor, form: GradientForm
+) -> Tensor:
+    """`[C, V]` coefficient * exp(z_s - top - log_sum), in the memory of `z_t`; 0 where z_s is -inf."""
+    dz = form.over(z_t)
+    empty = top == -torch.inf
+    numbers = torch.stack((top.masked_fill(empty, 0.0), log_sum.masked_fill(empty, 0.0), coefficient), dim=1)
+    shape, cap = tiles(z_s.device), 1.0 if form.cap is None else form.cap
+    _launch(
+        kernels.softmax_gradient_kernel,
+        (z_s.shape[0], shape.splits),
+        (z_s, dz, numbers.float(), z_s.shape[1], z_s.stride(0), dz.stride(0), float(cap)),
+        {"CAPPED": form.cap is not None, "BLOCK": shape.block},
+    )
+    return dz
+
+
+def live_columns(dz: Tensor, bound: Tensor) -> Tensor:
+    """`[V]` bool: columns of `dz` `[C, V]` in which some row's |dz| is not at most its `bound` `[C]`."""
+    shape = tiles(dz.device)
+    live = torch.empty(dz.shape[1], dtype=torch.int8, device=dz.device)
+    with _device(dz):
+        kernels.live_columns_kernel[(-(-dz.shape[1] // shape.filter_block),)](
+            dz, bound.float(), live, dz.shape[0], dz.shape[1], dz.stride(0),
+            ROWS=shape.filter_rows, BLOCK=shape.filter_block,
+            num_warps=shape.warps, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return live.bool()
+
+
+def row_stats(z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor) -> dict[str, Tensor]:
+    """`[C]` values of the fields of `TokenStats`; `token_ids` is `[C]`."""
+    top_s, sum_s, top_t, sum_t = normalisers(z_s, z_t)
+    numbers = _numbers(z_s, top_s, sum_s, top_t, sum_t)
     partial = _partial(z_s, 11)
-    _launch(kernels.stats_kernel, z_s, z_t, (normaliser, partial), objective, clip=False)
+    constants = _entry_constants(objective)
+    del constants["CLIP"]
+    _launch(
+        kernels.stats_kernel,
+        partial.shape[:2],
+        _pair(z_s, z_t, numbers, partial, objective),
+        {**constants, "TILE": 0, "BLOCK": tiles(z_s.device).stats_block},
+    )
     forward, reverse, jsd, entropy_s, entropy_t, positive, kept = partial[..., :7].sum(1).unbind(-1)
-    loss = divergence(_sums(z_s, z_t, normaliser, objective)[0], objective)
-    top_s, sum_s, top_t, sum_t = normaliser.unbind(-1)
+    loss = divergence(_sums(z_s, z_t, numbers, objective)[0], objective)
     ids = token_ids[:, None]
     return {
         "forward_kl": divergence(forward, Objective("forward_kl")),
@@ -75,60 +129,63 @@ def row_stats(
     }
 
 
-def _normaliser(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
-    """`[C, 4]` student's maximum and sum of exp(z - maximum), teacher's likewise."""
-    partial = _partial(z_s, 4)
-    grid = (z_s.shape[0], SPLITS)
-    arguments = (z_s, z_t, partial, z_s.shape[1], z_s.stride(0), z_t.stride(0))
-    with _device(z_s):
-        kernels.normaliser_kernel[grid](*arguments, SPLITS=SPLITS, BLOCK=BLOCK, num_warps=WARPS)
-    tops, sums = partial[..., 0::2], partial[..., 1::2]
-    top = tops.amax(1)
-    # A part of excluded columns alone has a maximum of -inf and a sum of 0.
-    total = (sums * torch.exp(tops - top[:, None]).nan_to_num(0.0)).sum(1)
-    return torch.stack((top[:, 0], total[:, 0], top[:, 1], total[:, 1]), dim=-1)
-
-
-def _sums(
-    z_s: torch.Tensor, z_t: torch.Tensor, normaliser: torch.Tensor, objective: Objective
-) -> tuple[torch.Tensor, ...]:
+def _sums(z_s: Tensor, z_t: Tensor, numbers: Tensor, objective: Objective) -> tuple[Tensor, ...]:
     """`[C]` sums over the vocabulary of the clipped value, the weight a and s."""
     partial = _partial(z_s, 3)
-    _launch(kernels.loss_kernel, z_s, z_t, (normaliser, partial), objective, clip=True)
+    constants = {**_entry_constants(objective), "TILE": 0, "BLOCK": tiles(z_s.device).block}
+    _launch(
+        kernels.loss_kernel, partial.shape[:2], _pair(z_s, z_t, numbers, partial, objective), constants
+    )
     return partial.sum(1).unbind(-1)
 
 
-def _launch(
-    kernel: Any,
-    z_s: torch.Tensor,
-    z_t: torch.Tensor,
-    rows: tuple[torch.Tensor, ...],
-    objective: Objective,
-    clip: bool,
-) -> None:
-    """Runs a kernel over `[C, SPLITS]` programs; `clip` says whether it takes the clip as a constant."""
-    tau = objective.entry_clip
-    options: dict[str, Any] = {"NAME": objective.term.name, "MIXTURE": objective.term.uses_mixture}
-    block = BLOCK if clip else STATS_BLOCK
-    if clip:
-        options["CLIP"] = "none" if tau is None else objective.clip_mode
-    numbers = (z_s.shape[1], z_s.stride(0), z_t.stride(0), float(objective.beta), float(tau or 0.0))
-    with _device(z_s):
-        kernel[(z_s.shape[0], SPLITS)](
-            z_s, z_t, *rows, *numbers, **options, SPLITS=SPLITS, BLOCK=block, num_warps=WARPS
+def _numbers(z: Tensor, top_s: Tensor, sum_s: Tensor, top_t: Tensor, sum_t: Tensor) -> Tensor:
+    """`[C, 6]` fp32 as the kernels read it; the last two columns are left to fill."""
+    numbers = torch.empty(z.shape[0], 6, dtype=torch.float32, device=z.device)
+    numbers[:, 0], numbers[:, 1] = top_s, sum_s.log()
+    numbers[:, 2], numbers[:, 3] = top_t, sum_t.log()
+    return numbers
+
+
+def _pair(
+    z_s: Tensor, z_t: Tensor, numbers: Tensor, partial: Tensor, objective: Objective
+) -> tuple[Any, ...]:
+    """The arguments of a kernel that sums over fp32 logits, which have no table of maxima."""
+    tau = float(objective.entry_clip or 0.0)
+    strides = (z_s.shape[1], z_s.stride(0), z_t.stride(0))
+    return (z_s, z_t, z_s, numbers, partial, *strides, float(objective.beta), tau)
+
+
+def _entry_constants(objective: Objective) -> dict[str, Any]:
+    clip = "none" if objective.entry_clip is None else objective.clip_mode
+    return {"NAME": objective.term.name, "MIXTURE": objective.term.uses_mixture, "CLIP": clip}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Runs a kernel over `[C, splits]` programs on the device of its first argument."""
+    if grid[0] == 0:
+        return
+    z = arguments[0]
+    with _device(z):
+        kernel[grid](
+            *arguments,
+            **constants,
+            SPLITS=grid[1],
+            num_warps=tiles(z.device).warps,
+            enable_fp_fusion=FP_FUSION,
         )
 
 
-def _partial(z: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.empty(z.shape[0], SPLITS, width, dtype=torch.float32, device=z.device)
+def _partial(z: Tensor, width: int) -> Tensor:
+    return torch.empty(z.shape[0], tiles(z.device).splits, width, dtype=torch.float32, device=z.device)
 
 
-def _device(z: torch.Tensor) -> Any:
+def _device(z: Tensor) -> Any:
     """Launches go to the current device, which need not be the tensors'."""
     return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
 
 
-def _first_best(candidates: torch.Tensor) -> torch.Tensor:
+def _first_best(candidates: Tensor) -> Tensor:
     """`[C]` column of the largest value over the parts `[C, SPLITS, 2]`, the first one of equals."""
     part = candidates[..., 0].argmax(1, keepdim=True)
     return candidates[..., 1].gather(1, part)[:, 0]

@@ -1,7 +1,11 @@
-"""The lines of `divergences.def` as functions of tensors, with the per-entry clip."""
+"""The lines of `divergences.def` as functions of tensors, with the per-entry clip.
+
+The PyTorch backend evaluates them over the vocabulary, the engine over the few entries of a support.
+"""
 
 from collections.abc import Callable
 from functools import cache, cached_property
+from typing import Protocol
 
 import torch
 
@@ -59,6 +63,13 @@ def _compiled(source: str) -> Callable[..., torch.Tensor]:
     return compile_expression(source, {"times": times, "kl_term": kl_term})
 
 
+class Distribution(Protocol):
+    """Probabilities of some entries and their logarithms, `LOG_ZERO` for -inf."""
+
+    p: torch.Tensor
+    log_p: torch.Tensor
+
+
 class Entries:
     """Per-entry quantities of a block of rows under an objective, each `[R, V]`, computed when first read.
 
@@ -68,7 +79,7 @@ class Entries:
         objective: the token loss.
     """
 
-    def __init__(self, student: Softmax, teacher: Softmax, objective: Objective) -> None:
+    def __init__(self, student: Distribution, teacher: Distribution, objective: Objective) -> None:
         self.objective = objective
         self.divergence = objective.term
         self.s = student.p

@@ -1,0 +1,47 @@
+"""How the kernels are cut, by architecture: a table, so that the same input always gives the same bits."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch constants of the row kernels.
+
+    Args:
+        block: columns that a program holds at once. 4,096 of two fp32 rows over 8 warps are 16 values a thread
+            each: no target spills.
+        stats_block: the same of the statistics kernel, which keeps twice as much per entry.
+        splits: programs that share a row, so that few rows occupy the device at a time.
+        warps: of 32 threads (64 on AMD).
+        filter_rows: rows that a program of the column filter reads at once.
+        filter_block: columns of a program of the column filter.
+    """
+
+    block: int = 4096
+    stats_block: int = 2048
+    splits: int = 4
+    warps: int = 8
+    filter_rows: int = 32
+    filter_block: int = 256
+
+
+DEFAULT = Tiles()
+# Predictions until they are measured: an AMD wave is 64 threads wide, so half as many of them hold a block.
+TILES = {"sm_80": DEFAULT, "sm_90": DEFAULT, "sm_100": DEFAULT, "gfx942": Tiles(warps=4, block=2048, stats_block=1024)}
+
+
+@cache
+def arch(index: int | None) -> str:
+    """Name of a GPU's architecture, as `"sm_90"` or `"gfx942"`."""
+    properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def tiles(device: torch.device) -> Tiles:
+    """The table's entry for a device, or the default."""
+    return TILES.get(arch(device.index), DEFAULT) if device.type == "cuda" else DEFAULT

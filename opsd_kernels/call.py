@@ -1,0 +1,247 @@
+"""A validated call of the public functions, and how its loss is made from the operators."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import backends, ops, validation
+from opsd_kernels.engine import packing, plan
+from opsd_kernels.engine.problem import Problem, Rowwise, accumulator_dtype
+from opsd_kernels.objectives import Objective, get_objective
+from opsd_kernels.sources import Source, Teacher
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics without gradient: fp32, shape of the token dimensions, in nats; 0 at dead rows."""
+
+    forward_kl: Tensor
+    """KL(t || s), without clips."""
+    reverse_kl: Tensor
+    """KL(s || t), without clips."""
+    jsd: Tensor
+    """Jensen-Shannon divergence at beta = 1/2."""
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprob: Tensor
+    """log s of `token_ids`; NaN if there are none."""
+    teacher_logprob: Tensor
+    """log t of `token_ids`; NaN if there are none."""
+    top1_agreement: Tensor
+    """1 where both have the same most likely token, else 0."""
+    clipped_fraction: Tensor
+    """Share of the loss that the objective's clips remove: of the sum of the positive terms l_v for
+    `entry_clip`, of the token's loss for `token_clip`; in [0, 1]."""
+    dropped_share: Tensor
+    """Share of the row's sum of |dL/dz| that `grad_filter` left out of dH and dW; 0 without a filter."""
+
+
+SourceLike = Tensor | Source
+TeacherLike = Tensor | Teacher
+TokenWeight = Tensor | Callable[[TokenStats], Tensor]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of `loss`, with its defaults; their meaning is documented there."""
+
+    objective: str | Objective = "opsd"
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    token_weight: TokenWeight | None = None
+    token_ids: Tensor | None = None
+    support_ids: Tensor | None = None
+    temperature: float = 1.0
+    reduction: str = "mean"
+    denominator: float | Tensor | None = None
+    vocab_size: int | None = None
+    workspace_bytes: int | None = None
+    grad_filter: float | None = None
+    main_grad: Tensor | None = None
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated call: flat sources, what is said per token, and the operators' options."""
+
+    student: Source
+    teacher: Teacher
+    lead: torch.Size
+    rowwise: Rowwise
+    options: LossOptions
+    packed: packing.Options
+
+    @classmethod
+    def of(
+        cls, student: SourceLike, teacher: TeacherLike, weight: Tensor | None, options: LossOptions
+    ) -> "Call":
+        validation.check_weight_is_used(student, teacher, weight)
+        s = validation.as_source("student", student, weight)
+        t = validation.as_teacher("teacher", teacher, weight)
+        validation.check_pair(s, t)
+        vocab = validation.common_vocab(s, t, options.vocab_size)
+        objective = get_objective(options.objective)
+        validation.check_options(options, objective, s, vocab)
+        device = s.tensors[0].device
+        packed = packing.Options(
+            objective=objective,
+            temperature=options.temperature,
+            workspace_bytes=None if options.workspace_bytes is None else int(options.workspace_bytes),
+            backend=backends.choose(options.backend, device),
+            grad_filter=options.grad_filter,
+            operand=_autocast_dtype(device),
+        )
+        weights = options.token_weight
+        rowwise = Rowwise(
+            mask=_flat(options.mask),
+            rows=None if options.rows is None else options.rows.long(),
+            token_weight=_flat(weights) if isinstance(weights, Tensor) else None,
+            token_ids=None if options.token_ids is None else options.token_ids.reshape(-1).long(),
+            support_ids=None if options.support_ids is None else _entries(options.support_ids),
+        )
+        return cls(s.flat(vocab), t.flat(vocab), s.lead, rowwise, options, packed)
+
+    def evaluate(self, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        """The reduced loss, and `[N, fields]` statistics if they are asked for."""
+        if self.packed.backend == backends.REFERENCE:
+            return self._reference(with_stats)
+        weights = self.options.token_weight
+        # A function of Python's cannot be a node of a compiled graph: there the statistics come first.
+        by_token = self.options.reduction == "none" or (callable(weights) and torch.compiler.is_compiling())
+        if by_token or self._budget_is_tight():
+            tokens, columns = self._token_loss(with_stats or callable(weights))
+            return self._reduced(self._weighted(tokens, columns)), columns if with_stats else None
+        total, columns = self._weighted_sum(with_stats)
+        return self._over_count(total), columns
+
+    def token_stats(self) -> Tensor:
+        """`[N, fields]` statistics."""
+        if self.packed.backend == backends.REFERENCE:
+            return self._reference_stats(self._problem())
+        found: Tensor = torch.ops.opsd_kernels.token_stats(*self._inputs(self.packed))
+        return found
+
+    def stats(self, columns: Tensor | None) -> TokenStats:
+        """The statistics by field, in the shape of the token dimensions."""
+        assert columns is not None
+        fields = [column.reshape(self.lead) for column in columns.unbind(1)]
+        return TokenStats(*fields)
+
+    def _inputs(self, packed: packing.Options) -> tuple[Any, ...]:
+        """The arguments that all operators share. The teacher is constant, also where it is a parameter."""
+        rowwise = self.rowwise
+        return (
+            self.student.tensors,
+            [x.detach() for x in self.teacher.tensors],
+            rowwise.mask, rowwise.rows, rowwise.token_weight, rowwise.token_ids, rowwise.support_ids,
+            packing.pack(self.student, self.teacher, packed),
+        )  # fmt: skip
+
+    def _weighted_sum(self, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        weights = self.options.token_weight
+        weigher = None if weights is None or isinstance(weights, Tensor) else _weigher(weights)
+        wanted = [x.requires_grad and torch.is_grad_enabled() for x in self.student.tensors]
+        with ops.registered(weigher) as handle:
+            packed = self.packed if handle is None else replace(self.packed, weigher=handle)
+            total, columns, _ = torch.ops.opsd_kernels.weighted_sum(
+                *self._inputs(packed), self.options.main_grad, wanted, with_stats
+            )
+        return total, columns if with_stats else None
+
+    def _token_loss(self, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        """`[N]` token losses, not yet weighted."""
+        tokens, _, columns = torch.ops.opsd_kernels.token_loss(
+            *self._inputs(self.packed), self.options.main_grad, with_stats
+        )
+        return tokens, columns if with_stats else None
+
+    def _weighted(self, tokens: Tensor, columns: Tensor | None) -> Tensor:
+        """`[N]` token losses times their weights."""
+        weights = self.options.token_weight
+        if weights is None:
+            return tokens
+        if not isinstance(weights, Tensor):
+            assert columns is not None
+            with torch.no_grad():
+                weights = weights(TokenStats(*columns.unbind(1)))
+        # Whatever a dead row's weight is, NaN too, it does not count.
+        return tokens * torch.where(self._live(tokens), weights.reshape(-1).to(tokens.dtype), 0.0)
+
+    def _live(self, tokens: Tensor) -> Tensor:
+        """`[N]` bool: the rows that count."""
+        if self.rowwise.mask is not None:
+            return self.rowwise.mask
+        live = torch.ones_like(tokens, dtype=torch.bool)
+        rows = self.rowwise.rows
+        return live if rows is None else torch.zeros_like(live).index_fill(0, rows, True)
+
+    def _reduced(self, tokens: Tensor) -> Tensor:
+        if self.options.reduction == "none":
+            return tokens.reshape(self.lead)
+        return self._over_count(tokens.sum())
+
+    def _over_count(self, total: Tensor) -> Tensor:
+        """The sum itself, or the mean.
+
+        A mean divides afterwards, so that its 1 / N reaches the fp32 gradients in the backward: in the fp16
+        operands of the GEMMs it would underflow.
+        """
+        if self.options.reduction == "sum":
+            return total
+        denominator = self.options.denominator
+        if isinstance(denominator, Tensor):
+            return total / denominator.reshape(()).to(total.device, total.dtype)
+        if denominator is not None:
+            return total / denominator
+        if self.rowwise.mask is not None:
+            return total / self.rowwise.mask.sum().clamp(min=1)
+        rows = self.rowwise.rows
+        return total / max(self.lead.numel() if rows is None else rows.numel(), 1)
+
+    def _budget_is_tight(self) -> bool:
+        head = self.student.tensors[1:2]
+        if self.options.grad_filter is not None or not (head and head[0].requires_grad):
+            return False
+        row_bytes = self.student.vocab * accumulator_dtype(self.student, self.teacher).itemsize
+        device = self.student.tensors[0].device.type
+        return plan.budget_is_tight(self.packed.workspace_bytes, self.lead.numel(), row_bytes, device)
+
+    def _problem(self) -> Problem:
+        return Problem.of(self.student, self.teacher, self.packed, self.rowwise)
+
+    def _reference(self, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        """The definition, with autograd's own gradient."""
+        problem, weights = self._problem(), self.options.token_weight
+        columns = self._reference_stats(problem) if with_stats or callable(weights) else None
+        tokens = problem.scatter(self._module.token_loss(problem))
+        return self._reduced(self._weighted(tokens, columns)), columns if with_stats else None
+
+    def _reference_stats(self, problem: Problem) -> Tensor:
+        with torch.no_grad():
+            return ops.spread(problem, self._module.token_stats(problem))
+
+    @property
+    def _module(self) -> Any:
+        return backends.load(backends.REFERENCE, self.student.tensors[0].device, torch.float64)
+
+
+def _weigher(function: Callable[[TokenStats], Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda stats: function(TokenStats(**stats)).detach()
+
+
+def _autocast_dtype(device: torch.device) -> str | None:
+    """Name of the dtype to which operands are rounded under autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1)
+
+
+def _entries(ids: Tensor) -> Tensor:
+    return ids.reshape(-1, ids.shape[-1]).long()

@@ -1,0 +1,186 @@
+"""Losses over K entries of the vocabulary: the rest enters as one number a row, its exact mass.
+
+The entries are taken out of the two rows of logits, which leaves the rest to be normalised by the backend; the
+loss and the weights a of the K entries are arithmetic on `[C, K]` tensors, the same on every device; then one
+pass writes the gradient of the rest, which is a multiple of the student's probabilities.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.engine.entries import LOG_ZERO, Entries
+from opsd_kernels.engine.rows import GradientForm, clip_tokens, clipped_fraction, divergence
+from opsd_kernels.objectives import Objective, Support
+
+
+@dataclass
+class Side:
+    """A distribution on K entries and perhaps their rest; `p` and `log_p` are `[C, K]` or `[C, K + 1]`."""
+
+    p: Tensor
+    log_p: Tensor
+
+    @classmethod
+    def of(cls, inside: Tensor, top: Tensor, log_sum: Tensor, support: Support) -> tuple["Side", Tensor]:
+        """From the entries' logits, and the rest's maximum and log sum exp(z - maximum); also the rest's mass.
+
+        The row's maximum is taken off first: log sum exp rounded to the size of the logits would cost digits.
+        """
+        anchor = torch.maximum(inside.amax(1), top)
+        anchor = torch.where(anchor == -torch.inf, 0.0, anchor)
+        inside, rest = inside - anchor[:, None], top - anchor + log_sum
+        whole = torch.logaddexp(inside.logsumexp(1), rest)
+        mass = torch.exp(rest - whole)
+        if support.rest == "renormalise":
+            whole = inside.logsumexp(1)
+            whole = torch.where(whole == -torch.inf, 0.0, whole)  # a support without entries has no loss
+        elif support.rest == "tail":
+            inside = torch.cat((inside, rest[:, None]), 1)
+        log_p = (inside - whole[:, None]).clamp(min=LOG_ZERO)
+        return cls(log_p.exp(), log_p), mass
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The entries of some rows, their student logits, and what the rest sums to.
+
+    Args:
+        ids: `[C, K]` columns, 0 where there is none.
+        valid: `[C, K]` whether there is one.
+        z_s: `[C, K]` student logits of the entries.
+        rest: `[C]` the student's mass on the other columns.
+        top: `[C]` largest student logit among the other columns.
+        log_sum: `[C]` log of the sum of exp(z_s - top) over them.
+        student: the student's distribution as the loss sees it.
+        teacher: the teacher's.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    z_s: Tensor
+    rest: Tensor
+    top: Tensor
+    log_sum: Tensor
+    student: Side
+    teacher: Side
+
+    @classmethod
+    def of(
+        cls, z_s: Tensor, z_t: Tensor, support: Support, given: Tensor | None, backend: ModuleType
+    ) -> "Selection":
+        """Takes the entries out of both rows of logits: they are -inf afterwards."""
+        ids, valid = _entries(z_s, z_t, support, given)
+        inside_s, inside_t = (z.gather(1, ids).masked_fill_(~valid, -torch.inf) for z in (z_s, z_t))
+        for z in (z_s, z_t):
+            _write_(z, ids, valid, torch.full_like(ids, -torch.inf, dtype=z.dtype))
+        top_s, sum_s, top_t, sum_t = backend.normalisers(z_s, z_t)
+        log_s, log_t = (x.log().to(z_s.dtype) for x in (sum_s, sum_t))
+        student, rest = Side.of(inside_s, top_s, log_s, support)
+        teacher, _ = Side.of(inside_t, top_t, log_t, support)
+        return cls(ids, valid, inside_s, rest, top_s, log_s, student, teacher)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Loss `[C]` and, for the gradient, the entries' weights `[C, K]` or `[C, K + 1]`."""
+
+    loss: Tensor
+    weight: Tensor
+    scale: Tensor
+    clipped: Tensor
+
+
+def row_loss(selection: Selection, objective: Objective) -> Outcome:
+    """The token losses of a selection; fields as in `RowStatistics`."""
+    support = objective.support
+    assert support is not None
+    entries = Entries(selection.student, selection.teacher, objective)
+    # Over whole distributions the forms that keep their digits sum to the divergence; a part of one has only
+    # the signed terms.
+    value = entries.value
+    if support.rest == "drop":
+        value = entries.signed_term
+        value = value if objective.entry_clip is None else value.clamp(max=objective.entry_clip)
+    divergences = divergence(value.sum(1), objective)
+    loss, scale = clip_tokens(divergences, objective)
+    positive = entries.signed_term.clamp(min=0)
+    kept = positive if objective.entry_clip is None else positive.clamp(max=objective.entry_clip)
+    clipped = clipped_fraction(positive.sum(1), kept.sum(1), divergences, objective)
+    return Outcome(loss, entries.weight, scale, clipped)
+
+
+def row_gradient_(
+    z_s: Tensor,
+    z_t: Tensor,
+    objective: Objective,
+    given: Tensor | None,
+    coefficient: Tensor,
+    form: GradientForm,
+    backend: ModuleType,
+) -> tuple[Tensor, Tensor]:
+    """As a backend's `row_gradient_`, over the objective's support; both rows of logits are used up."""
+    support = objective.support
+    assert support is not None
+    selection = Selection.of(z_s, z_t, support, given, backend)
+    outcome = row_loss(selection, objective)
+    scale = outcome.scale * coefficient
+    weight, student = outcome.weight, selection.student.p
+    count = selection.ids.shape[1]
+    total = weight.sum(1)
+    inside = (weight - student * total[:, None])[:, :count]
+    # The rest of the row shares one gradient in proportion to its probabilities: the tail's weight, and the
+    # normaliser's part.
+    if support.rest == "tail":
+        rest = weight[:, count] - student[:, count] * total
+    elif support.rest == "drop":
+        rest = -selection.rest * total
+    else:
+        rest = torch.zeros_like(total)
+    dz = backend.softmax_gradient_(z_s, z_t, selection.top, selection.log_sum, rest * scale, form)
+    slope = 1.0 if form.cap is None else 1 - (selection.z_s / form.cap).square()
+    inside = torch.where(selection.valid, inside * slope * scale[:, None], 0.0)
+    _write_(dz, selection.ids, selection.valid, inside.to(dz.dtype))
+    return outcome.loss, dz
+
+
+def _entries(z_s: Tensor, z_t: Tensor, support: Support, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Columns `[C, K]` of the support, and which of them are entries: no column twice, none excluded."""
+    if support.of == "given":
+        assert given is not None
+        ids = given
+    else:
+        assert support.k is not None
+        k = min(support.k, z_s.shape[1])
+        student, teacher = (
+            z.topk(k, dim=1).indices if support.of in owners else None
+            for z, owners in ((z_s, ("student", "union", "intersection")), (z_t, ("teacher", "union", "intersection")))
+        )
+        if student is None or teacher is None:
+            ids = teacher if student is None else student
+            assert ids is not None
+        elif support.of == "union":
+            ids = torch.cat((student, teacher), 1)
+        else:
+            shared = (student[:, :, None] == teacher[:, None, :]).any(2)
+            ids = student.masked_fill(~shared, -1)
+    ids, _ = ids.sort(1)
+    valid = ids >= 0
+    valid[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    return ids.clamp(min=0), valid
+
+
+def _write_(z: Tensor, ids: Tensor, valid: Tensor, values: Tensor) -> None:
+    """z[r, ids[r, k]] = values[r, k] for the valid k. The others write what is there, or the same again.
+
+    Each row's ids that are none are pointed at a valid one of the row with its value, so that no two writes
+    to a place differ; a row without any writes back what column 0 holds.
+    """
+    anchor = valid.to(torch.int8).argmax(1, keepdim=True)
+    some = valid.any(1, keepdim=True)
+    anchor_id = ids.gather(1, anchor)
+    anchor_value = torch.where(some, values.gather(1, anchor), z.gather(1, anchor_id))
+    ids = torch.where(valid, ids, anchor_id)
+    z.scatter_(1, ids, torch.where(valid, values, anchor_value))
