@@ -78,6 +78,7 @@ class Call:
     def of(
         cls, student: SourceLike, teacher: TeacherLike, weight: Tensor | None, options: LossOptions
     ) -> "Call":
+        """Checks everything, then flattens the token dimensions."""
         validation.check_weight_is_used(student, teacher, weight)
         s = validation.as_source("student", student, weight)
         t = validation.as_teacher("teacher", teacher, weight)

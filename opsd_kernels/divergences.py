@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,9 @@ class Divergence:
         return any(re.search(r"\b(rs|rt)\b", source) for source in (self.value, self.slack, self.weight))
 
 
-@cache
 def table() -> dict[str, Divergence]:
     """Every divergence by name, in the order of the file."""
-    entries = re.findall(r"^DIVERGENCE\((.*)\)\s*$", TABLE.read_text(), flags=re.MULTILINE)
-    divergences = (Divergence(*_split_arguments(entry)) for entry in entries)
-    return {divergence.name: divergence for divergence in divergences}
+    return _DIVERGENCES
 
 
 def compile_expression(source: str, functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -49,3 +45,12 @@ def _split_arguments(text: str) -> list[str]:
         else:
             arguments[-1] += character
     return [argument.strip() for argument in arguments]
+
+
+def _read() -> dict[str, Divergence]:
+    entries = re.findall(r"^DIVERGENCE\((.*)\)\s*$", TABLE.read_text(), flags=re.MULTILINE)
+    divergences = (Divergence(*_split_arguments(entry)) for entry in entries)
+    return {divergence.name: divergence for divergence in divergences}
+
+
+_DIVERGENCES = _read()

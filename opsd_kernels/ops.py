@@ -1,8 +1,9 @@
 """The engine as PyTorch operators, so that autograd, torch.compile and fake tensors know it.
 
-`weighted_sum` is design A, `token_loss` with `token_loss_backward` design B, `token_stats` the statistics. Each
-takes the student's and the teacher's tensors as lists and everything else as text (`engine/packing.py`).
-The gradients that `weighted_sum` forms are results of the operator, which the backward scales.
+`weighted_sum` is design A, `token_loss` with `token_loss_backward` design B, `token_stats` the statistics.
+Each takes the student's and the teacher's tensors as lists and everything else as text
+(`engine/packing.py`). The gradients that `weighted_sum` forms are results of the operator, which the backward
+scales.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,7 @@ _library.define(
 )
 _library.define(f"token_loss({_INPUTS}, Tensor? main_grad, bool stats) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    f"token_loss_backward({_INPUTS}, Tensor(a!)? main_grad, Tensor statistics, Tensor upstream, bool[] wanted)"
-    " -> Tensor[]"
+    f"token_loss_backward({_INPUTS}, Tensor statistics, Tensor upstream, bool[] wanted) -> Tensor[]"
 )
 _library.define(f"token_stats({_INPUTS}) -> Tensor")
 
@@ -102,12 +102,17 @@ def _weighted_sum_fake(
     *_, text, _main_grad, wanted, with_stats = rest
     s, t, _ = packing.unpack(text, student, teacher)
     dtype = accumulator_dtype(s, t)
-    gradients = [
+    gradients = _empty_gradients(student, wanted, dtype)
+    stats = student[0].new_empty((student[0].shape[0], len(STATS)) if with_stats else 0, dtype=torch.float32)
+    return student[0].new_empty((), dtype=dtype), stats, gradients
+
+
+def _empty_gradients(student: list[Tensor], wanted: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    """One for each of the student's tensors, of no elements where none is wanted."""
+    return [
         torch.empty(x.shape, dtype=dtype, device=x.device) if want else x.new_empty(0)
         for x, want in zip(student, wanted, strict=True)
     ]
-    stats = student[0].new_empty((student[0].shape[0], len(STATS)) if with_stats else 0, dtype=torch.float32)
-    return student[0].new_empty((), dtype=dtype), stats, gradients
 
 
 def _save_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -147,9 +152,9 @@ def _token_loss(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> tup
     problem, backend = _problem(student, teacher, rowwise, text)
     rows, stats = slab_recompute.forward(problem, backend, with_stats)
     loss = problem.scatter(rows[:, 0].to(problem.dtype))
-    spread = spread(problem, stats) if with_stats else loss.new_empty(0, dtype=torch.float32)
+    columns = spread(problem, stats) if with_stats else loss.new_empty(0, dtype=torch.float32)
     # A result may not share memory with another one.
-    return loss.clone() if loss.data_ptr() == rows.data_ptr() else loss, problem.scatter(rows), spread
+    return loss.clone() if loss.data_ptr() == rows.data_ptr() else loss, problem.scatter(rows), columns
 
 
 def _token_loss_fake(
@@ -167,8 +172,8 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...])
     student, teacher, *rowwise, text, main_grad, _ = inputs
     _, statistics, stats = output
     ctx.mark_non_differentiable(statistics, stats)
-    # Inputs are saved through autograd, which raises if one is changed in place before the backward; it cannot
-    # save those of torch.inference_mode().
+    # Inputs are saved through autograd, which raises if one is changed in place before the backward; it
+    # cannot save those of torch.inference_mode().
     tensors = [*student, *teacher, *rowwise, statistics]
     ctx.kept = [x if x is not None and x.is_inference() else None for x in tensors]
     ctx.save_for_backward(*[None if y is not None else x for x, y in zip(tensors, ctx.kept, strict=True)])
@@ -183,34 +188,30 @@ def _token_loss_backward_formula(ctx: Any, upstream: Tensor, *_unused: Any) -> t
     s, t = ctx.counts
     student, teacher, rowwise, statistics = tensors[:s], tensors[s : s + t], tensors[s + t : -1], tensors[-1]
     found = torch.ops.opsd_kernels.token_loss_backward(
-        student, teacher, *rowwise, ctx.text, ctx.main_grad, statistics, upstream, ctx.wanted
+        student, teacher, *rowwise, ctx.text, statistics, upstream, ctx.wanted
     )
     gradients = [
-        x.to(y.dtype) if want and x.numel() == y.numel() else None
-        for x, y, want in zip(found, student, ctx.wanted, strict=True)
+        x.to(y.dtype) if want else None for x, y, want in zip(found, student, ctx.wanted, strict=True)
     ]
+    if ctx.main_grad is not None:
+        ctx.main_grad.add_(found[1])
+        gradients[1] = None
     return gradients, [None] * t, *[None] * (len(rowwise) + 3)
 
 
 def _token_loss_backward(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> list[Tensor]:
-    *rowwise, text, main_grad, statistics, upstream, wanted = rest
+    *rowwise, text, statistics, upstream, wanted = rest
     problem, backend = _problem(student, teacher, rowwise, text)
     if problem.rows is not None:
         statistics, upstream = statistics[problem.rows], upstream[problem.rows]
-    found = slab_recompute.backward(problem, backend, statistics, upstream, wanted, main_grad)
+    found = slab_recompute.backward(problem, backend, statistics, upstream, wanted)
     return [x if x is not None else student[0].new_empty(0) for x in found]
 
 
 def _token_loss_backward_fake(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> list[Tensor]:
-    *_, text, main_grad, _statistics, _upstream, wanted = rest
+    *_, text, _statistics, _upstream, wanted = rest
     s, t, _ = packing.unpack(text, student, teacher)
-    dtype = accumulator_dtype(s, t)
-    return [
-        torch.empty(x.shape, dtype=dtype, device=x.device)
-        if want and not (index == 1 and main_grad is not None)
-        else x.new_empty(0)
-        for index, (x, want) in enumerate(zip(student, wanted, strict=True))
-    ]
+    return _empty_gradients(student, wanted, accumulator_dtype(s, t))
 
 
 def _token_stats(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> Tensor:
@@ -238,7 +239,8 @@ IMPLEMENTATIONS = {
     "token_stats": (_token_stats, _token_stats_fake),
 }
 for _name, (_function, _fake) in IMPLEMENTATIONS.items():
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    # Two have no gradient: what they call must not record one.
+    _library.impl(_name, torch.no_grad()(_function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"opsd_kernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "opsd_kernels::weighted_sum", _weighted_sum_backward, setup_context=_save_weighted_sum, lib=_library

@@ -1,4 +1,4 @@
-"""Where a next-token distribution comes from: hidden states with a head, logits, or several of these combined."""
+"""Where a next-token distribution comes from: hidden states with a head, logits, or several combined."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

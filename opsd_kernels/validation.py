@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd_kernels.checks import FLOATS, IDS, check_device, check_ids, check_positive, check_rows, readable
 from opsd_kernels.objectives import Objective
 from opsd_kernels.sources import Hidden, Logits, LogLinear, Mixture, Routed, Source, Teacher
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 REDUCTIONS = ("mean", "sum", "none")
 STREAMS: dict[type, tuple[type, ...]] = {
     LogLinear: (Hidden, Logits),
@@ -42,14 +41,15 @@ def as_teacher(name: str, value: Any, weight: Tensor | None) -> Teacher:
     """As `as_source`, or a checked combination of sources."""
     if not isinstance(value, LogLinear | Mixture | Routed):
         return as_source(name, value, weight)
-    parts = list(value.sources)
+    parts: list[Any] = list(value.sources)
     if not parts:
         raise ValueError(f"{name}: expected at least one source; got none")
     if isinstance(value, LogLinear) and value.mix not in ("auto", "logits"):
         raise ValueError(f"{name}.mix: expected 'auto' or 'logits'; got {value.mix!r}")
     for index, part in enumerate(parts):
         here = f"{name}.{'sources' if isinstance(value, Routed) else 'streams'}[{index}]"
-        if not isinstance(part, STREAMS[type(value)]):
+        right: bool = isinstance(part, STREAMS[type(value)])
+        if not right:
             known = ", ".join(kind.__name__ for kind in STREAMS[type(value)])
             raise ValueError(f"{here}: expected {known}; got {type(part).__name__}")
         as_teacher(here, part, None)
@@ -78,7 +78,7 @@ def _check_factors(name: str, value: LogLinear | Mixture) -> None:
         if isinstance(factor, Tensor):
             check_rows(here, factor, value.lead, device, FLOATS)
             numbers = math.nan
-        elif isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        elif not isinstance(factor, int | float) or not -math.inf < factor < math.inf:
             raise ValueError(f"{here}: expected a finite number or a tensor; got {factor!r}")
         elif isinstance(value, Mixture) and factor < 0:
             raise ValueError(f"{here}: expected a weight of at least 0; got {factor!r}")
@@ -124,7 +124,7 @@ def check_pair(student: Source, teacher: Teacher) -> None:
     for name, source in (*_parts("student", student), *_parts("teacher", teacher)):
         for field, tensor in vars(source).items():
             if isinstance(tensor, Tensor):
-                _check_device(f"{name}.{field}", tensor, device)
+                check_device(f"{name}.{field}", tensor, device)
     for name, source in _parts("teacher", teacher):
         rows = source.hidden if isinstance(source, Hidden) else source.z
         if rows.requires_grad:
@@ -162,39 +162,6 @@ def check_options(options: Any, objective: Objective, student: Source, vocab: in
     _check_main_grad(options.main_grad, student)
 
 
-def check_rows(
-    name: str, tensor: Any, lead: torch.Size, device: torch.device, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """A constant per-token tensor: the source's token dimensions and device, a dtype among `dtypes`."""
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: expected a tensor or None; got {type(tensor).__name__}")
-    if tensor.shape != lead:
-        raise ValueError(f"{name}: expected shape {tuple(lead)}; got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
-    _check_device(name, tensor, device)
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name}: expected a tensor without gradient, it is constant here; got requires_grad=True: "
-            "detach it"
-        )
-
-
-def check_ids(name: str, ids: Tensor | None, mask: Tensor | None, count: int) -> None:
-    """Unmasked ids below `count`. On a CPU only: elsewhere reading them would wait for the device."""
-    if ids is None or not _readable(ids):
-        return
-    if mask is not None:
-        ids = ids[mask]
-    if ids.numel() == 0:
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= count:
-        raise ValueError(f"{name}: expected ids in [0, {count}); got a range of [{low}, {high}]")
-
-
 def check_reduction(reduction: str, denominator: Any) -> None:
     """A known reduction, and a positive denominator with `"mean"` only."""
     if reduction not in REDUCTIONS:
@@ -209,25 +176,10 @@ def check_reduction(reduction: str, denominator: Any) -> None:
                 "denominator: expected a number or a constant tensor of one element; got shape "
                 f"{tuple(denominator.shape)}, requires_grad={denominator.requires_grad}"
             )
-        if _readable(denominator):
+        if readable(denominator):
             check_positive("denominator", denominator.item())
     else:
         check_positive("denominator", denominator)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """A finite number above 0."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (value > 0 and math.isfinite(value))
-    ):
-        raise ValueError(f"{name}: expected a finite number above 0; got {value!r}")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at: on a GPU that would wait for it, in a compiled graph there are none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_row_indices(rows: Any, mask: Any, lead: torch.Size, device: torch.device) -> None:
@@ -238,9 +190,9 @@ def _check_row_indices(rows: Any, mask: Any, lead: torch.Size, device: torch.dev
     if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in IDS:
         shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"rows: expected integer indices of shape [n]; got {shape}")
-    _check_device("rows", rows, device)
+    check_device("rows", rows, device)
     check_ids("rows", rows, None, lead.numel())
-    if _readable(rows) and rows.unique().numel() != rows.numel():
+    if readable(rows) and rows.unique().numel() != rows.numel():
         raise ValueError("rows: expected each index once; got some repeatedly")
 
 
@@ -258,7 +210,7 @@ def _check_support_ids(
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"support_ids: expected shape {(*lead, 'K')}; got {shape}")
     check_rows("support_ids", ids, torch.Size((*lead, ids.shape[-1])), device, IDS)
-    if _readable(ids) and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab):
+    if readable(ids) and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab):
         raise ValueError(
             f"support_ids: expected ids in [-1, {vocab}); got a range of [{int(ids.min())}, {int(ids.max())}]"
         )
@@ -319,8 +271,3 @@ def _check_floats(name: str, tensor: Any, shape: str, dims: int | None) -> None:
             f"{name}: expected a non-empty {shape}; got {tuple(tensor.shape)} (a parameter sharded by ZeRO-3 "
             "is empty outside deepspeed.zero.GatheredParameters)"
         )
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} of the student; got {tensor.device}")

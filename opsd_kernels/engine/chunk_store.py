@@ -116,9 +116,7 @@ def loss_only(problem: Problem, backend: ModuleType, with_stats: bool = False) -
 def token_stats(problem: Problem, backend: ModuleType) -> dict[str, Tensor]:
     """Statistics of the live rows by field, each `[n]`."""
     chunks = Chunks.of(problem)
-    return joined(
-        [row_stats(problem, backend, *chunks.logits(span), span) for span in chunks.spans]
-    )
+    return joined([row_stats(problem, backend, *chunks.logits(span), span) for span in chunks.spans])
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -39,10 +39,11 @@ class Gradients:
         if not isinstance(student, Hidden):
             return cls(problem.rows, z=allocate(student.tensors[0].shape, **like) if wanted[0] else None)
         written = problem.live_rows > 0 and problem.options.grad_filter is None
+        allocate_head = torch.empty if written else torch.zeros
         return cls(
             problem.rows,
             hidden=allocate(student.hidden.shape, **like) if wanted[0] else None,
-            weight=(torch.empty if written else torch.zeros)(student.weight.shape, **like) if wanted[1] else None,
+            weight=allocate_head(student.weight.shape, **like) if wanted[1] else None,
             bias=torch.zeros(problem.vocab, **like) if student.bias is not None and wanted[2] else None,
         )
 
@@ -71,9 +72,8 @@ class Gradients:
         kept = dz.index_select(1, columns)
         self._add_hidden(kept, source.weight.index_select(0, columns), span)
         if self.weight is not None:
-            part = torch.empty(columns.numel(), self.weight.shape[1], dtype=self.weight.dtype, device=dz.device)
-            mm_(part, kept.T, student.hidden(span))
-            part += self.weight.index_select(0, columns)
+            part = self.weight.index_select(0, columns)
+            mm_(part, kept.T, student.hidden(span), accumulate=True)
             self.weight.index_copy_(0, columns, part)
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
@@ -99,4 +99,3 @@ class Gradients:
             whole[span] = part
         else:
             whole.index_copy_(0, self.rows[span], part)
-

@@ -44,17 +44,17 @@ def pack(student: Source, teacher: Teacher, options: Options) -> str:
             _describe(teacher),
             (
                 objective.divergence,
-                float(objective.beta),
-                _number(objective.entry_clip),
+                _text(objective.beta),
+                _text(objective.entry_clip),
                 objective.clip_mode,
-                _number(objective.token_clip),
+                _text(objective.token_clip),
             ),
             None if support is None else (support.k, support.of, support.rest),
             (
-                float(options.temperature),
+                _text(options.temperature),
                 options.workspace_bytes,
                 options.backend,
-                _number(options.grad_filter),
+                _text(options.grad_filter),
                 options.operand,
                 options.weigher,
             ),
@@ -69,26 +69,52 @@ def _literal(text: str) -> Any:
 
 def unpack(text: str, student: list[Tensor], teacher: list[Tensor]) -> tuple[Source, Teacher, Options]:
     """What was packed, over these tensors."""
-    s, t, objective, support, options = _literal(text)
-    chosen = Objective(*objective, support=None if support is None else Support(*support))
-    return _rebuild(s, iter(student)), _rebuild(t, iter(teacher)), Options(chosen, *options)
+    s, t, (divergence, beta, entry_clip, clip_mode, token_clip), support, rest = _literal(text)
+    objective = Objective(
+        divergence,
+        float.fromhex(beta),
+        _number(entry_clip),
+        clip_mode,
+        _number(token_clip),
+        None if support is None else Support(*support),
+    )
+    temperature, workspace_bytes, backend, grad_filter, operand, weigher = rest
+    options = Options(
+        objective,
+        float.fromhex(temperature),
+        workspace_bytes,
+        backend,
+        _number(grad_filter),
+        operand,
+        weigher,
+    )
+    return _rebuild(s, iter(student)), _rebuild(t, iter(teacher)), options
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None else float(value)
+def _text(value: float | None) -> str | None:
+    """A float as exact text, by the one conversion that torch.compile follows for symbolic floats."""
+    return None if value is None else float(value).hex()
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float.fromhex(text)
 
 
 def _describe(source: Any) -> tuple[Any, ...]:
     """The source without its tensors; a factor that is a tensor becomes None."""
     if isinstance(source, Hidden):
-        return ("hidden", source.bias is not None, float(source.logit_scale), _number(source.softcap))
+        return ("hidden", source.bias is not None, _text(source.logit_scale), _text(source.softcap))
     if isinstance(source, Logits):
         return ("logits",)
     if isinstance(source, Routed):
         return ("routed", tuple([_describe(inner) for inner in source.sources]))
-    factors = tuple([None if isinstance(factor, Tensor) else float(factor) for factor, _ in source.streams])
+    factors = tuple([None if isinstance(factor, Tensor) else _text(factor) for factor, _ in source.streams])
     inner = tuple([_describe(stream) for _, stream in source.streams])
-    return ("loglinear", factors, inner, source.mix) if isinstance(source, LogLinear) else ("mixture", factors, inner)
+    return (
+        ("loglinear", factors, inner, source.mix)
+        if isinstance(source, LogLinear)
+        else ("mixture", factors, inner)
+    )
 
 
 def _rebuild(description: tuple[Any, ...], tensors: Iterator[Tensor]) -> Any:
@@ -96,12 +122,13 @@ def _rebuild(description: tuple[Any, ...], tensors: Iterator[Tensor]) -> Any:
     if kind == "hidden":
         has_bias, logit_scale, softcap = rest
         hidden, weight = next(tensors), next(tensors)
-        return Hidden(hidden, weight, next(tensors) if has_bias else None, logit_scale, softcap)
+        bias = next(tensors) if has_bias else None
+        return Hidden(hidden, weight, bias, float.fromhex(logit_scale), _number(softcap))
     if kind == "logits":
         return Logits(next(tensors))
     if kind == "routed":
         index = next(tensors)
         return Routed([_rebuild(inner, tensors) for inner in rest[0]], index)
-    factors = [next(tensors) if factor is None else factor for factor in rest[0]]
+    factors = [next(tensors) if factor is None else float.fromhex(factor) for factor in rest[0]]
     streams = list(zip(factors, [_rebuild(inner, tensors) for inner in rest[1]], strict=True))
     return LogLinear(streams, mix=rest[2]) if kind == "loglinear" else Mixture(streams)

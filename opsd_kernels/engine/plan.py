@@ -7,7 +7,7 @@ from opsd_kernels.engine.problem import Problem
 DEFAULT_ROWS_CPU = 512
 DEFAULT_ROWS_TRAINABLE_HEAD = 4096
 DEFAULT_ROWS_FROZEN_HEAD = 2048
-# Below this many rows a chunk, a GPU is faster recomputing by slabs (6 GEMMs) than accumulating dW by chunks (4).
+# With fewer rows a chunk, recomputing by slabs (6 GEMMs) beats accumulating dW by chunks (4) on a GPU.
 FEWEST_ROWS_TRAINABLE_HEAD = {"cpu": 0}
 DEFAULT_FEWEST_ROWS = 512
 

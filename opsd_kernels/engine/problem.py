@@ -34,7 +34,7 @@ class Rowwise:
     support_ids: Tensor | None = None
 
     def live(self) -> Tensor | None:
-        """`[n]` indices of the rows that count and have a weight; None for all. A mask on a GPU is waited for."""
+        """`[n]` indices of the rows that count and have a weight; None for all. Waits for a mask on a GPU."""
         if self.rows is not None:
             return self.rows
         keep = self.mask
@@ -74,7 +74,8 @@ class Problem:
     @classmethod
     def of(cls, student: Source, teacher: Teacher, options: Options, rowwise: Rowwise) -> "Problem":
         """Finds the live rows and takes what is said of them."""
-        rows, routes = rowwise.live(), ()
+        rows = rowwise.live()
+        routes: tuple[int, ...] = ()
         total = student.lead.numel()
         device = student.tensors[0].device
         if isinstance(teacher, Routed):

@@ -53,7 +53,7 @@ class Setting:
         return tensor[span] if self.rows is None else tensor.index_select(0, self.rows[span])
 
     def head_dtype(self, weight: Tensor) -> torch.dtype:
-        """In which dtype a head is multiplied: its own or autocast's on CUDA, that of the logits elsewhere."""
+        """In which dtype a head is multiplied: its own or autocast's on CUDA, the logits' elsewhere."""
         if not keeps_operands(weight.device):
             return self.dtype
         narrow = self.operand is not None and weight.dtype == torch.float32

@@ -53,7 +53,6 @@ def backward(
     statistics: Tensor,
     upstream: Tensor,
     wanted: list[bool],
-    main_grad: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of the student's tensors in `problem.dtype` and their shapes; None where not wanted.
 
@@ -63,13 +62,10 @@ def backward(
         statistics: `[n, 7]` of the live rows, as `forward` returned them.
         upstream: `[n]` gradient of each live row's loss.
         wanted: for each of the student's tensors, whether its gradient is needed.
-        main_grad: fp32 `[V, H]` to which dW is added, instead of a tensor of its own.
     """
-    if main_grad is not None:
-        wanted = [wanted[0], False, *wanted[2:]]
     gradients = Gradients.of(problem, wanted)
     if not by_slabs(problem):
-        _by_rows(problem, backend, upstream, gradients, main_grad)
+        _by_rows(problem, backend, upstream, gradients)
         return gradients.as_list(len(wanted))
     student, teacher = prepare(problem)
     form = GradientForm(student.operand_dtype, student.cap)
@@ -84,7 +80,7 @@ def backward(
         teacher.logits_(z_t, everything, columns, z_s)
         coefficient = upstream * student.slope
         dz = backend.slab_gradient_(z_s, z_t, problem.objective, row, coefficient, form)
-        _add_slab_(gradients, student, dz, columns, live_hidden, main_grad)
+        _add_slab_(gradients, student, dz, columns, live_hidden)
     live_hidden.finish(gradients)
     return gradients.as_list(len(wanted))
 
@@ -117,9 +113,7 @@ def _row_statistics(statistics: Tensor, dtype: torch.dtype) -> RowStatistics:
     return row._replace(**narrow)
 
 
-def _by_rows(
-    problem: Problem, backend: ModuleType, upstream: Tensor, gradients: Gradients, main_grad: Tensor | None
-) -> None:
+def _by_rows(problem: Problem, backend: ModuleType, upstream: Tensor, gradients: Gradients) -> None:
     """Walks chunks of rows once more, now that the upstream gradient is known."""
     chunks = Chunks.of(problem, trainable_head=True)
     form = GradientForm(chunks.student.operand_dtype, chunks.student.cap)
@@ -128,8 +122,6 @@ def _by_rows(
         coefficient = upstream[span] * chunks.student.slope
         _, dz = chunk_store.row_gradient_(problem, backend, z_s, z_t, span, coefficient, form)
         gradients.add_(chunks.student, dz, span)
-        if main_grad is not None:
-            mm_(main_grad, dz.T, chunks.student.hidden(span), accumulate=True)
 
 
 def _add_slab_(
@@ -138,7 +130,6 @@ def _add_slab_(
     dz: Tensor,
     columns: slice,
     live_hidden: _LiveHidden,
-    main_grad: Tensor | None,
 ) -> None:
     if gradients.z is not None:
         if gradients.rows is None:
@@ -153,7 +144,5 @@ def _add_slab_(
         mm_(live_hidden.target, dz, source.weight[columns], accumulate=True)
     if gradients.weight is not None:
         mm_(gradients.weight[columns], dz.T, student.hidden(rows))
-    if main_grad is not None:
-        mm_(main_grad[columns], dz.T, student.hidden(rows), accumulate=True)
     if gradients.bias is not None:
         gradients.bias[columns] = dz.sum(0, dtype=gradients.bias.dtype)

@@ -1,8 +1,8 @@
 """Losses over K entries of the vocabulary: the rest enters as one number a row, its exact mass.
 
-The entries are taken out of the two rows of logits, which leaves the rest to be normalised by the backend; the
-loss and the weights a of the K entries are arithmetic on `[C, K]` tensors, the same on every device; then one
-pass writes the gradient of the rest, which is a multiple of the student's probabilities.
+The entries are taken out of the two rows of logits, which leaves the rest to be normalised by the backend;
+the loss and the weights a of the K entries are arithmetic on `[C, K]` tensors, the same on every device; then
+one pass writes the gradient of the rest, which is a multiple of the student's probabilities.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class Side:
 
     @classmethod
     def of(cls, inside: Tensor, top: Tensor, log_sum: Tensor, support: Support) -> tuple["Side", Tensor]:
-        """From the entries' logits, and the rest's maximum and log sum exp(z - maximum); also the rest's mass.
+        """From the entries' logits and the rest's maximum and log sum exp(z - maximum); also the rest's mass.
 
-        The row's maximum is taken off first: log sum exp rounded to the size of the logits would cost digits.
+        The maximum is taken off first: log sum exp rounded to the size of the logits would cost digits.
         """
         anchor = torch.maximum(inside.amax(1), top)
         anchor = torch.where(anchor == -torch.inf, 0.0, anchor)
@@ -154,18 +154,13 @@ def _entries(z_s: Tensor, z_t: Tensor, support: Support, given: Tensor | None) -
     else:
         assert support.k is not None
         k = min(support.k, z_s.shape[1])
-        student, teacher = (
-            z.topk(k, dim=1).indices if support.of in owners else None
-            for z, owners in ((z_s, ("student", "union", "intersection")), (z_t, ("teacher", "union", "intersection")))
-        )
-        if student is None or teacher is None:
-            ids = teacher if student is None else student
-            assert ids is not None
-        elif support.of == "union":
-            ids = torch.cat((student, teacher), 1)
+        if support.of in ("student", "teacher"):
+            ids = (z_s if support.of == "student" else z_t).topk(k, dim=1).indices
         else:
+            student, teacher = (z.topk(k, dim=1).indices for z in (z_s, z_t))
             shared = (student[:, :, None] == teacher[:, None, :]).any(2)
-            ids = student.masked_fill(~shared, -1)
+            union = torch.cat((student, teacher), 1)
+            ids = union if support.of == "union" else student.masked_fill(~shared, -1)
     ids, _ = ids.sort(1)
     valid = ids >= 0
     valid[:, 1:] &= ids[:, 1:] != ids[:, :-1]

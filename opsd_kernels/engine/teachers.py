@@ -1,4 +1,4 @@
-"""The teacher's logits, whatever it is made of: one source, several combined, or another one for every row."""
+"""The teacher's logits: of one source, of several combined, or of another one for every row."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -53,11 +53,11 @@ class _Builder:
         if isinstance(source, LogLinear):
             head = _shared_head(source)
             if head is not None:
-                head = self._with_cast_head(head)
-                return HiddenMix(source, Projection.prepare(head, setting))
-            parts = [
-                (a, None if _same(stream, self.student) else self.build(stream)) for a, stream in source.streams
-            ]
+                return HiddenMix(source, Projection.prepare(self._with_cast_head(head), setting))
+            parts: list[tuple[Factor, LogitsSource | None]] = []
+            for factor, stream in source.streams:
+                mine = _same(stream, self.student)
+                parts.append((factor, None if mine else self.build(stream)))
             return LogitsMix(parts, setting)
         assert isinstance(source, Mixture)
         return MixtureLogits([(w, self.build(stream)) for w, stream in source.streams], setting)
@@ -175,7 +175,7 @@ class MixtureLogits:
             stream.logits_(scratch, span, columns, z_s)
             top = scratch.amax(-1, keepdim=True)
             total = (scratch - top).exp_().sum(-1, keepdim=True, dtype=torch.float64)
-            w = torch.as_tensor(_factor(factor, self.setting, span), **_like(out))
+            w = torch.as_tensor(_factor(factor, self.setting, span), dtype=out.dtype, device=out.device)
             scratch += w.log() - top - total.log().to(out.dtype)
             torch.logaddexp(out, scratch, out=out)
 
@@ -196,7 +196,3 @@ class RoutedLogits:
             if start < stop:
                 here = slice(start - span.start, stop - span.start)
                 part.logits_(out[here], slice(start, stop), columns, z_s[here])
-
-
-def _like(z: Tensor) -> dict[str, torch.dtype | torch.device]:
-    return {"dtype": z.dtype, "device": z.device}

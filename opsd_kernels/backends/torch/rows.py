@@ -64,7 +64,7 @@ def slab_gradient_(
     coefficient: Tensor,
     form: GradientForm,
 ) -> Tensor:
-    """The gradient as of `row_gradient_` for some columns: `[n, slab]` logits, `[n]` statistics of whole rows."""
+    """As `row_gradient_` for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
     dz = form.over(z_t)
     for rows in _blocks(z_s):
         student = Softmax(z_s[rows], statistics.top_s[rows], statistics.sum_s[rows])

@@ -27,7 +27,7 @@ def row_loss(z_s: Tensor, z_t: Tensor, objective: Objective) -> RowStatistics:
 def row_gradient_(
     z_s: Tensor, z_t: Tensor, objective: Objective, coefficient: Tensor, form: GradientForm
 ) -> tuple[Tensor, Tensor]:
-    """Losses `[C]` of the rows, and `coefficient * dL/dz_s` `[C, V]` in the memory of the teacher's logits."""
+    """Losses `[C]` of the rows, and `coefficient * dL/dz_s` `[C, V]` in the memory of `z_t`."""
     statistics = row_loss(z_s, z_t, objective)
     return statistics.loss, slab_gradient_(z_s, z_t, objective, statistics, coefficient, form)
 
@@ -47,11 +47,12 @@ def slab_gradient_(
     cap = 1.0 if form.cap is None else form.cap
     # A gradient of 2 bytes lies over columns further left: one program reads and writes the row in order.
     splits = shape.splits if dz is z_t else 1
+    strides = z_s.stride(0), z_t.stride(0), dz.stride(0)
+    bounds = float(objective.beta), float(objective.entry_clip or 0.0)
     _launch(
         kernels.gradient_kernel,
         (z_s.shape[0], splits),
-        (z_s, z_t, dz, z_s, numbers, z_s.shape[1], z_s.stride(0), z_t.stride(0), dz.stride(0))
-        + (float(objective.beta), float(objective.entry_clip or 0.0), float(cap)),
+        (z_s, z_t, dz, z_s, numbers, z_s.shape[1], *strides, *bounds, float(cap)),
         {**_entry_constants(objective), "CAPPED": form.cap is not None, "TILE": 0, "BLOCK": shape.block},
     )
     return dz
@@ -133,9 +134,7 @@ def _sums(z_s: Tensor, z_t: Tensor, numbers: Tensor, objective: Objective) -> tu
     """`[C]` sums over the vocabulary of the clipped value, the weight a and s."""
     partial = _partial(z_s, 3)
     constants = {**_entry_constants(objective), "TILE": 0, "BLOCK": tiles(z_s.device).block}
-    _launch(
-        kernels.loss_kernel, partial.shape[:2], _pair(z_s, z_t, numbers, partial, objective), constants
-    )
+    _launch(kernels.loss_kernel, partial.shape[:2], _pair(z_s, z_t, numbers, partial, objective), constants)
     return partial.sum(1).unbind(-1)
 
 
@@ -161,7 +160,9 @@ def _entry_constants(objective: Objective) -> dict[str, Any]:
     return {"NAME": objective.term.name, "MIXTURE": objective.term.uses_mixture, "CLIP": clip}
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
     """Runs a kernel over `[C, splits]` programs on the device of its first argument."""
     if grid[0] == 0:
         return

@@ -11,8 +11,8 @@ class Tiles:
     """Launch constants of the row kernels.
 
     Args:
-        block: columns that a program holds at once. 4,096 of two fp32 rows over 8 warps are 16 values a thread
-            each: no target spills.
+        block: columns that a program holds at once. 4,096 of two fp32 rows over 8 warps are 16 values a
+            thread each: no target spills.
         stats_block: the same of the statistics kernel, which keeps twice as much per entry.
         splits: programs that share a row, so that few rows occupy the device at a time.
         warps: of 32 threads (64 on AMD).
@@ -29,8 +29,8 @@ class Tiles:
 
 
 DEFAULT = Tiles()
-# Predictions until they are measured: an AMD wave is 64 threads wide, so half as many of them hold a block.
-TILES = {"sm_80": DEFAULT, "sm_90": DEFAULT, "sm_100": DEFAULT, "gfx942": Tiles(warps=4, block=2048, stats_block=1024)}
+# Predictions until they are measured.
+TILES = {"sm_80": DEFAULT, "sm_90": DEFAULT, "sm_100": DEFAULT, "gfx942": DEFAULT}
 
 
 @cache
