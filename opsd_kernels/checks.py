@@ -55,5 +55,6 @@ def readable(tensor: Tensor) -> bool:
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """On the student's device."""
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} of the student; got {tensor.device}")
