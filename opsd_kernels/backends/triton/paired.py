@@ -1,15 +1,17 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments have no Python types)
 """Student's and teacher's logits of the same tokens by one GEMM that reads the shared head once.
 
 A program computes a `[BLOCK_M, TILE]` tile of z_s = h_s W^T and the same tile of z_t = h_t W^T: it loads a
 block of W once for both and accumulates in fp32. Its epilogue stores `fp16(z - top)`, where `top` is the
 largest logit of that row in that tile, and keeps `top` and the sum of exp(z - top) in fp32. In 2 bytes an
-entry the likely ones are exact to a few 1e-4 nats, so that the difference of two close distributions survives;
-bf16 logits lose it. A row kernel needs no normaliser pass: `normaliser` combines the tiles' statistics.
+entry the likely ones are exact to a few 1e-4 nats, so that the difference of two close distributions
+survives; bf16 logits lose it. A row kernel needs no normaliser pass: `normaliser` combines the tiles' sums.
 
-Which exponentials are summed: those of the stored, rounded values, which is what a row kernel reads back, not
-those of the fp32 logits. Both err alike in the L2 norm of dlogits. But then the probabilities of a row sum to
-1, dlogits sum to 0 over the vocabulary, and the part that all rows of a head share cancels in dH as it should;
-with the exact sums it does not, and the error of dH is up to ten times as large.
+Which exponentials are summed: those of the stored, rounded values, which is what a row kernel reads back,
+not those of the fp32 logits. Both err alike in the L2 norm of dlogits. But then the probabilities of a row
+sum to 1, dlogits sum to 0 over the vocabulary, and the part that all rows of a head share cancels in dH as it
+should; with the exact sums it does not, and the error of dH was up to ten times as large.
 
 Not yet measured on a GPU: checked in Triton's interpreter, and compiled ahead of time for every target.
 """
@@ -22,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Columns that share a maximum; also the width of a program's tile, on every GPU, so that the stored bits do
-# not depend on the GPU's block sizes.
+# Columns that share a maximum, and the width of a program's tile: the same on every GPU, so that what is
+# stored does not depend on the GPU's block sizes.
 TILE = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,10 +48,8 @@ def _place(rows, V, BLOCK_M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constex
 @triton.jit
 def _operand(pointers, k, H, axis: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr):
     """A block of an operand; `k` are its columns, along `axis` of the block."""
-    if EVEN:
-        block = tl.load(pointers)
-    else:
-        block = tl.load(pointers, mask=tl.expand_dims(k < H, 1 - axis), other=0.0)
+    mask = None if EVEN else tl.expand_dims(k < H, 1 - axis)
+    block = tl.load(pointers, mask=mask, other=None if EVEN else 0.0)
     # The interpreter cannot multiply bf16; a GPU's tensor cores need their operands as they are.
     return block.to(tl.float32) if WIDEN else block
 
@@ -103,7 +103,7 @@ def paired_kernel(
     from_w = weight + entry * stride_w + k[:, None]
     product_s = tl.zeros((BLOCK_M, TILE), tl.float32)
     if BIAS:
-        # Here it takes no registers; after the loop those of both accumulators are still occupied.
+        # Here, since after the loop there are no registers for it: the accumulators occupy half of them.
         product_s += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     product_t = product_s
     for start in range(0, H, BLOCK_K):
@@ -118,10 +118,13 @@ def paired_kernel(
         from_w += BLOCK_K
     tiles = tl.cdiv(V, TILE)
     z = product_s
-    # A loop, and not one side after the other: the compiler would mix the two and run out of registers.
-    for side in range(2):
-        values, tops = tl.where(side == 0, values_s, values_t), tl.where(side == 0, tops_s, tops_t)
-        sums, stride = tl.where(side == 0, sums_s, sums_t), tl.where(side == 0, stride_values_s, stride_values_t)
+    # A loop, from which nothing is hoisted: of straight code for both sides the compiler would do the
+    # exponentials of both first, and spill.
+    for side in tl.range(0, 2, disable_licm=True):
+        values = tl.where(side == 0, values_s, values_t)
+        stride = tl.where(side == 0, stride_values_s, stride_values_t)
+        tops = tl.where(side == 0, tops_s, tops_t)
+        sums = tl.where(side == 0, sums_s, sums_t)
         z = _logits(z, columns, V, inner, outer, SOFTCAP)
         _store(z, values, tops, sums, row, columns, tile, tiles, rows, stride)
         z = product_t
@@ -141,16 +144,23 @@ class Blocks:
     group: int = 8
 
 
-def blocks_for(arch: str, dtype: torch.dtype) -> Blocks:
-    """The block sizes for a GPU: "sm_80", "sm_90", "sm_100" or "gfx942", and the dtype of the operands.
+def blocks_for(arch: str, dtype: torch.dtype, aligned: bool = True) -> Blocks:
+    """The block sizes for a GPU: "sm_80", "sm_90", "sm_100" or "gfx942", and for the operands.
 
     With 2-byte operands the two accumulators of 128 x 128 are what a 128 x 256 tile of one GEMM has: 128
     registers a thread. fp32 runs without tensor cores on NVIDIA.
+
+    Args:
+        arch: the GPU's name.
+        dtype: of the operands.
+        aligned: whether rows are read 16 bytes at a time; entry by entry takes more registers.
     """
     if dtype == torch.float32:
         return Blocks(64, 16, 8, 2)
+    if not aligned:
+        return Blocks(64, 32, 8, 2)
     return {
-        # 96 KiB, so that GPUs of 99 KiB (compute capability 8.6, 8.9, 12.0) take it as well.
+        # 72 KiB, so that GPUs of 99 KiB (compute capability 8.6, 8.9, 12.0) take it as well.
         "sm_80": Blocks(128, 32, 8, 4),
         "sm_90": Blocks(128, 64, 8, 4),
         "sm_100": Blocks(128, 64, 8, 4),
@@ -184,6 +194,9 @@ class Head:
     temperature: float = 1.0
 
 
+PLAIN = Head()
+
+
 @dataclass(frozen=True)
 class Tiled:
     """Logits of C rows in 2 bytes an entry, with the statistics of each row in each tile of columns.
@@ -191,41 +204,43 @@ class Tiled:
     Entry v of a row is `value[v] + top[v // tile]`. From V on up to the end of the last tile values are -inf.
 
     Args:
-        values_s: `[C, tiles * tile]` fp16, student's logits less the largest of their tile.
-        values_t: the teacher's.
-        tops_s: `[C, tiles]` fp32, largest student logit of each tile, -inf if all are.
-        tops_t: the teacher's.
-        sums_s: `[C, tiles]` fp32, sum of exp(value) of each tile.
-        sums_t: the teacher's.
         vocab: V.
         tile: columns of a tile.
+        values_s: `[C, tiles * tile]` fp16, student's logits less the largest of their tile; a logit more than
+            65,504 below it counts as excluded. `values_t`: the teacher's.
+        tops_s: `[C, tiles]` fp32, largest student logit of each tile, perhaps -inf. `tops_t`: the teacher's.
+        sums_s: `[C, tiles]` fp32, sum of exp(value) of each tile. `sums_t`: the teacher's.
     """
 
+    vocab: int
+    tile: int
     values_s: torch.Tensor
     values_t: torch.Tensor
     tops_s: torch.Tensor
     tops_t: torch.Tensor
     sums_s: torch.Tensor
     sums_t: torch.Tensor
-    vocab: int
-    tile: int = TILE
 
     @classmethod
     def empty(cls, rows: int, vocab: int, device: torch.device, tile: int = TILE) -> "Tiled":
-        """Buffers for `rows` rows, uninitialised: 4 bytes an entry for both sides, 1.03 times with statistics.
+        """Buffers for `rows` rows, uninitialised: 4 bytes an entry for both sides, and 3 % for statistics.
 
-        The rows' stride is a multiple of 64 entries, as GEMMs like it.
+        The rows' stride is a multiple of 64 entries, so that GEMMs read them aligned.
         """
         tiles = triton.cdiv(vocab, tile)
         stride = triton.cdiv(tiles * tile, 64) * 64
         values = torch.empty(2, rows, stride, dtype=torch.float16, device=device)[..., : tiles * tile]
         statistics = torch.empty(4, rows, tiles, dtype=torch.float32, device=device)
-        return cls(*values.unbind(0), *statistics.unbind(0), vocab, tile)
+        return cls(vocab, tile, *values.unbind(0), *statistics.unbind(0))
 
     def first(self, rows: int) -> "Tiled":
         """The first rows of the same buffers."""
-        parts = (self.values_s, self.values_t, self.tops_s, self.tops_t, self.sums_s, self.sums_t)
-        return Tiled(*(part[:rows] for part in parts), self.vocab, self.tile)
+        return Tiled(self.vocab, self.tile, *(buffer[:rows] for buffer in self.buffers))
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """Values, maxima and sums, of the student and of the teacher each."""
+        return self.values_s, self.values_t, self.tops_s, self.tops_t, self.sums_s, self.sums_t
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[C, V]` fp32 logits of student and teacher; new tensors, 8 bytes an entry."""
@@ -252,7 +267,7 @@ def paired_logits_(
     hidden_s: torch.Tensor,
     hidden_t: torch.Tensor,
     weight: torch.Tensor,
-    head: Head = Head(),  # noqa: B008, frozen
+    head: Head = PLAIN,
     blocks: Blocks | None = None,
 ) -> None:
     """Fills `tiled` with the logits of both sides under one head.
@@ -274,12 +289,14 @@ def paired_logits_(
     _check("hidden_s", hidden_s, (tiled.values_s.shape[0], width), hidden_s.dtype)
     if head.bias is not None and head.bias.shape != (tiled.vocab,):
         raise ValueError(f"bias: expected shape {(tiled.vocab,)}; got {tuple(head.bias.shape)}")
-    blocks = blocks or blocks_for(arch_of(weight.device), weight.dtype)
+    aligned = width % 16 == 0 and all(
+        x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in (hidden_s, hidden_t, weight)
+    )
+    blocks = blocks or blocks_for(arch_of(weight.device), weight.dtype, aligned)
     if head.softcap is None:
-        inner, outer = head.logit_scale / head.temperature, 1.0
+        factors = head.logit_scale / head.temperature, 1.0
     else:
-        inner, outer = head.logit_scale / head.softcap, head.softcap / head.temperature
-    buffers = (tiled.values_s, tiled.values_t, tiled.tops_s, tiled.tops_t, tiled.sums_s, tiled.sums_t)
+        factors = head.logit_scale / head.softcap, head.softcap / head.temperature
     bias = weight if head.bias is None else head.bias.contiguous()
     strides = (x.stride(0) for x in (tiled.values_s, tiled.values_t, hidden_s, hidden_t, weight))
     programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(tiled.vocab, tiled.tile)
@@ -287,8 +304,8 @@ def paired_logits_(
         return
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
         paired_kernel[(programs,)](
-            *buffers, hidden_s, hidden_t, weight, bias, rows, tiled.vocab, width, *strides, inner, outer,
-            **_constants(head, width, tiled.tile, blocks), WIDEN=triton.knobs.runtime.interpret,
+            *tiled.buffers, hidden_s, hidden_t, weight, bias, rows, tiled.vocab, width, *strides, *factors,
+            **constants(head.bias is not None, head.softcap is not None, width, tiled.tile, blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
@@ -302,11 +319,13 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch
         raise ValueError(f"{name}: expected an inner stride of 1; got {tensor.stride(1)}")
 
 
-def _constants(head: Head, width: int, tile: int, blocks: Blocks) -> dict[str, Any]:
+def constants(bias: bool, softcap: bool, width: int, tile: int, blocks: Blocks) -> dict[str, Any]:
+    """The kernel's compile-time constants for a head with or without bias and soft-cap, and H."""
     return {
-        "BIAS": head.bias is not None,
-        "SOFTCAP": head.softcap is not None,
+        "BIAS": bias,
+        "SOFTCAP": softcap,
         "EVEN": width % blocks.width == 0,
+        "WIDEN": triton.knobs.runtime.interpret,
         "BLOCK_M": blocks.rows,
         "TILE": tile,
         "BLOCK_K": blocks.width,
