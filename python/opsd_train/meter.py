@@ -9,6 +9,9 @@ import torch
 from opsd_kernels import TokenStats
 from opsd_train.rollouts import Rollout
 
+# What the column filter dropped is always 0 here: the driver does not filter.
+FIELDS = tuple(name for name in TokenStats._fields if name != "dropped_share")
+
 
 class Meter:
     """Sums over the tokens and rollouts since the last line of metrics.
@@ -42,7 +45,7 @@ class Meter:
 
     def add(self, stats: TokenStats, mask: torch.Tensor) -> None:
         """Add the statistics of a micro-batch's tokens."""
-        sums = torch.stack([column[mask].double().sum() for column in stats])
+        sums = torch.stack([getattr(stats, name)[mask].double().sum() for name in FIELDS])
         self._sums = sums if self._sums is None else self._sums + sums
         self._measured += int(mask.sum())
 
@@ -57,7 +60,7 @@ class Meter:
         }
         if self._sums is not None:
             means = (self._sums / self._measured).tolist()
-            metrics |= dict(zip(TokenStats._fields, means, strict=True))
+            metrics |= dict(zip(FIELDS, means, strict=True))
         self._reset()
         return metrics
 

@@ -127,11 +127,14 @@ class OPSDTrainer(Trainer):
             "objective": self.objective,
             "mask": mask,
             "temperature": self.config.loss_temperature,
+            "denominator": num_items_in_batch,
         }
-        if self._logs_next():
-            token_ids = inputs["input_ids"][:, -mask.shape[1] :]
-            self.meter.add(opsd_kernels.token_stats(student, teacher, token_ids=token_ids, **settings), mask)
-        return opsd_kernels.loss(student, teacher, denominator=num_items_in_batch, **settings)
+        if not self._logs_next():
+            return opsd_kernels.loss(student, teacher, **settings)
+        token_ids = inputs["input_ids"][:, -mask.shape[1] :]
+        loss, stats = opsd_kernels.loss_and_stats(student, teacher, token_ids=token_ids, **settings)
+        self.meter.add(stats, mask)
+        return loss
 
     def distributions(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Hidden, Hidden]:
         """The next-token distributions of student and teacher at the completion's tokens, [B, C].
