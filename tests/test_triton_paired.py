@@ -25,9 +25,9 @@ from opsd_kernels.backends.triton.paired import (
     Tiled,
     arch_of,
     blocks_for,
-    normaliser,
     paired_logits_,
 )
+from opsd_kernels.backends.triton.tiled import TiledSide
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -74,34 +74,31 @@ def filled(case: Inputs, tile: int = 16, blocks: Blocks | None = SMALL) -> Tiled
 
 def assert_right(tiled: Tiled, case: Inputs) -> None:
     """Logits, maxima and sums of both sides; every entry that is -inf is exactly that."""
-    pads = tiled.values_s.shape[1] - tiled.vocab
-    sides = (
-        (case.hidden_s, tiled.values_s, tiled.tops_s, tiled.sums_s, tiled.logits()[0]),
-        (case.hidden_t, tiled.values_t, tiled.tops_t, tiled.sums_t, tiled.logits()[1]),
-    )
-    for hidden, values, tops, sums, z in sides:
+    for hidden, side in ((case.hidden_s, tiled.student), (case.hidden_t, tiled.teacher)):
+        tops, sums, tile, z = side.tops, side.sums, side.tile, side.dense()
+        pads = side.values.shape[1] - side.vocab
         truth, band = exact(case, hidden)
-        padded = torch.nn.functional.pad(truth, (0, pads), value=-torch.inf).unflatten(1, (-1, tiled.tile))
-        by_tile = values.unflatten(1, (-1, tiled.tile))
+        padded = torch.nn.functional.pad(truth, (0, pads), value=-torch.inf).unflatten(1, (-1, tile))
+        by_tile = side.values.unflatten(1, (-1, tile))
         top = padded.amax(-1)
-        off = torch.nn.functional.pad(band, (0, pads)).unflatten(1, (-1, tiled.tile)).amax(-1)
+        off = torch.nn.functional.pad(band, (0, pads)).unflatten(1, (-1, tile)).amax(-1)
         live = top > -torch.inf
         assert (tops.isneginf() == ~live).all()
         assert ((tops.double() - top)[live].abs() <= off[live]).all()
         assert (by_tile.amax(-1)[live] == 0).all()  # the largest itself is stored without an error
         assert (by_tile.isneginf() == padded.isneginf()).all()
         finite = truth > -torch.inf
-        fall = truth - top.repeat_interleave(tiled.tile, 1)[:, : tiled.vocab]
+        fall = truth - top.repeat_interleave(tile, 1)[:, : side.vocab]
         rounding = FP16 * (fall.abs() + 2 * band) + 2.0**-25 + FP32 * truth.abs()
         assert ((z.double() - truth).abs() <= rounding + 2 * band)[finite].all()
         stored = by_tile.double().exp().sum(-1)
-        torch.testing.assert_close(sums.double(), stored, rtol=tiled.tile * FP32, atol=0)
-        row_top, total = normaliser(tops, sums)
+        torch.testing.assert_close(sums.double(), stored, rtol=tile * FP32, atol=0)
+        row_top, total = side.normaliser()
         assert (row_top == tops.amax(1)).all()
         kept = row_top > -torch.inf
         log_sum = row_top.double() + total.log()
         expected = torch.logsumexp((by_tile.double() + tops.double()[..., None]).flatten(1), 1)
-        torch.testing.assert_close(log_sum[kept], expected[kept], rtol=0, atol=4 * tiled.tile * FP32)
+        torch.testing.assert_close(log_sum[kept], expected[kept], rtol=0, atol=4 * tile * FP32)
         assert (total[~kept] == 0).all()
 
 
@@ -135,15 +132,15 @@ def test_strides_and_what_is_not_written() -> None:
     )
     assert strided.hidden_t.stride() == (0, 1)
     tiled = Tiled.empty(9, 40, CPU, 16)
-    assert tiled.values_s.stride() == (64, 1)
-    tiled.values_s.as_strided((9, 64), (64, 1)).fill_(7)
+    assert tiled.student.values.stride() == (64, 1)
+    tiled.student.values.as_strided((9, 64), (64, 1)).fill_(7)
     first = tiled.first(7)
     paired_logits_(first, strided.hidden_s, strided.hidden_t, strided.weight, blocks=SMALL)
     assert_right(first, strided)
-    memory = tiled.values_s.as_strided((9, 64), (64, 1))
+    memory = tiled.student.values.as_strided((9, 64), (64, 1))
     assert (memory[7:] == 7).all()
     assert (memory[:7, 48:] == 7).all()
-    assert tiled.tops_s[7:].isnan().all()  # as `torch.empty` left them
+    assert tiled.student.tops[7:].isnan().all()  # as `torch.empty` left them
 
 
 @pytest.mark.parametrize("excluded", [[3, 17], range(16, 32), range(32, 37), range(37)])
@@ -154,7 +151,7 @@ def test_excluded_columns(excluded: list[int]) -> None:
     case = replace(inputs(5, 37, 20), head=Head(bias, temperature=0.7))
     tiled = filled(case)
     assert_right(tiled, case)
-    assert tiled.logits()[0][:, list(excluded)].isneginf().all()
+    assert tiled.student.dense()[:, list(excluded)].isneginf().all()
 
 
 def test_out_of_the_range_of_fp16() -> None:
@@ -162,23 +159,23 @@ def test_out_of_the_range_of_fp16() -> None:
     weight = torch.tensor([[3e38], [0.0], [1e5], [-3e38]])
     hidden = torch.ones(1, 1)
     tiled = filled(Inputs(hidden, -hidden, weight), tile=2)
-    assert tiled.tops_s.tolist() == [[weight[0].item(), 1e5]]
-    assert tiled.logits()[0].isneginf().tolist() == [[False, True, False, True]]
-    assert tiled.logits()[1].isneginf().tolist() == [[True, False, True, False]]
+    assert tiled.student.tops.tolist() == [[weight[0].item(), 1e5]]
+    assert tiled.student.dense().isneginf().tolist() == [[False, True, False, True]]
+    assert tiled.teacher.dense().isneginf().tolist() == [[True, False, True, False]]
 
 
 def test_nan_stays_in_its_row() -> None:
     case = inputs(6, 40, 20)
     case.hidden_s[2, 5] = torch.nan
     tiled = filled(case)
-    total = normaliser(tiled.tops_s, tiled.sums_s)[1]
+    total = tiled.student.normaliser()[1]
     assert total.isnan().tolist() == [False, False, True, False, False, False]
-    assert normaliser(tiled.tops_t, tiled.sums_t)[1].isfinite().all()
+    assert tiled.teacher.normaliser()[1].isfinite().all()
 
 
 def test_no_rows() -> None:
     tiled = filled(inputs(0, 40, 20))
-    assert tiled.logits()[0].shape == (0, 40)
+    assert tiled.student.dense().shape == (0, 40)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -235,9 +232,10 @@ operands = [torch.randn(3, 16).bfloat16() for _ in range(3)]
 expected = Tiled.empty(3, 3, torch.device("cpu"), 16)
 paired_logits_(expected, *operands, blocks=blocks)
 found = Tiled.empty(3, 3, torch.device("cpu"), 16)
-found = replace(found, values_s=far(torch.float16), values_t=far(torch.float16))
+found = Tiled(*(replace(side, values=far(torch.float16)) for side in (found.student, found.teacher)))
 paired_logits_(found, *(far(torch.bfloat16).copy_(x) for x in operands), blocks=blocks)
-assert all(torch.equal(a, b) for a, b in zip(found.buffers, expected.buffers, strict=True))
+for a, b in ((found.student, expected.student), (found.teacher, expected.teacher)):
+    assert torch.equal(a.values, b.values) and torch.equal(a.tops, b.tops) and torch.equal(a.sums, b.sums)
 print("equal")
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -266,24 +264,24 @@ def test_accuracy_of_the_format(spread: float, gap: float, bound: float) -> None
     truth = z_s.softmax(-1) - z_t.softmax(-1)
     head = weight.double() + 10 * torch.randn(width, generator=generator) / width**0.5
 
-    def probabilities(values: torch.Tensor, tops: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        top, total = normaliser(tops, sums)
-        fall = values.float().unflatten(1, (-1, TILE)) + (tops - top[:, None])[..., None]
+    def probabilities(side: TiledSide) -> torch.Tensor:
+        top, total = side.normaliser()
+        fall = side.values.float().unflatten(1, (-1, TILE)) + (side.tops - top[:, None])[..., None]
         return (fall.flatten(1) - total.log().float()[:, None]).exp()
 
     def errors(dlogits: torch.Tensor) -> tuple[float, float]:
         off = dlogits.double() - truth
         return float(off.norm() / truth.norm()), float((off @ head).norm() / (truth @ head).norm())
 
-    values, tops, sums = (tiled.buffers[i : i + 2] for i in (0, 2, 4))
-    p_s, p_t = (probabilities(*side) for side in zip(values, tops, sums, strict=True))
+    sides = tiled.student, tiled.teacher
+    p_s, p_t = (probabilities(side) for side in sides)
     bf16 = z_s.bfloat16().float().softmax(-1) - z_t.bfloat16().float().softmax(-1)
     unrounded = [
-        (x - top.repeat_interleave(TILE, 1)).double().exp().unflatten(1, (-1, TILE)).sum(-1)
-        for x, top in zip((z_s, z_t), tops, strict=True)
+        (x - side.tops.repeat_interleave(TILE, 1)).double().exp().unflatten(1, (-1, TILE)).sum(-1)
+        for x, side in zip((z_s, z_t), sides, strict=True)
     ]
-    with_exact_sums = probabilities(values[0], tops[0], unrounded[0])
-    with_exact_sums -= probabilities(values[1], tops[1], unrounded[1])
+    exact_s, exact_t = (replace(side, sums=sums) for side, sums in zip(sides, unrounded, strict=True))
+    with_exact_sums = probabilities(exact_s) - probabilities(exact_t)
     ours, eager, other = errors(p_s - p_t), errors(bf16), errors(with_exact_sums)
     print(f"spread {spread} gap {gap}: dlogits {ours[0]:.2%}, dH {ours[1]:.2%}; bf16 logits {eager[0]:.1%}")
     print(f"    with the sums of unrounded values: dlogits {other[0]:.2%}, dH {other[1]:.2%}")

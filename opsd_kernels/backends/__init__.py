@@ -16,6 +16,7 @@ BACKENDS = {
     REFERENCE: "opsd_kernels.backends.reference",
     "torch": "opsd_kernels.backends.torch",
     "triton": "opsd_kernels.backends.triton",
+    "triton_paired": "opsd_kernels.backends.triton.paired_store",
 }
 
 

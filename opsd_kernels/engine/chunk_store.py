@@ -5,7 +5,7 @@ The gradient is formed in the forward pass, so that nothing of size [N, V] has t
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,37 +15,24 @@ from opsd_kernels.engine.gradients import Gradients
 from opsd_kernels.engine.problem import Problem
 from opsd_kernels.engine.projection import Projection
 from opsd_kernels.engine.rows import GradientForm
-from opsd_kernels.engine.teachers import LogitsSource, prepare
-
-ALL = slice(None)
+from opsd_kernels.engine.teachers import prepare
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Two reusable `[C, V]` logits buffers and the walk over the live rows that fills them."""
+    """The walk over the live rows, and the backend's store that it fills with the logits of each chunk."""
 
     student: Projection
-    teacher: LogitsSource
     spans: list[slice]
-    buffers: Tensor
-    vocab: int
+    store: Any
 
     @classmethod
-    def of(cls, problem: Problem, trainable_head: bool = False) -> "Chunks":
+    def of(cls, problem: Problem, backend: ModuleType, trainable_head: bool = False) -> "Chunks":
         """Plans the chunks of a problem and allocates the buffers."""
         student, teacher = prepare(problem)
-        rows = plan.chunk_rows(problem, trainable_head)
-        # Rows start at multiples of 64 bytes, as matrix products like it.
-        width = -(-problem.vocab // 16) * 16
-        buffers = torch.empty(2, rows, width, **problem.like)
-        return cls(student, teacher, plan.spans(problem.live_rows, rows), buffers, problem.vocab)
-
-    def logits(self, span: slice) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's z / T of the live rows `span`; valid until the next call."""
-        z_s, z_t = self.buffers[:, : span.stop - span.start, : self.vocab]
-        self.student.logits_(z_s, span, ALL)
-        self.teacher.logits_(z_t, span, ALL, z_s)
-        return z_s, z_t
+        rows = plan.chunk_rows(problem, backend.LogitsStore.entry_bytes(problem), trainable_head)
+        store = backend.LogitsStore.of(problem, student, teacher, rows)
+        return cls(student, plan.spans(problem.live_rows, rows), store)
 
 
 class Results(NamedTuple):
@@ -71,12 +58,12 @@ def loss_and_gradients(
         with_stats: whether to return the token statistics, at two more readings of the logits.
     """
     gradients = Gradients.of(problem, wanted)
-    chunks = Chunks.of(problem, trainable_head=gradients.weight is not None)
+    chunks = Chunks.of(problem, backend, trainable_head=gradients.weight is not None)
     form = GradientForm(chunks.student.operand_dtype, chunks.student.cap)
     loss = torch.zeros((), **problem.like)
     parts: list[dict[str, Tensor]] = []
     for span in chunks.spans:
-        z_s, z_t = chunks.logits(span)
+        z_s, z_t = chunks.store.fill_(span)
         stats = None
         if with_stats or problem.weigher is not None:
             stats = row_stats(problem, backend, z_s, z_t, span)
@@ -99,11 +86,11 @@ def loss_and_gradients(
 
 def loss_only(problem: Problem, backend: ModuleType, with_stats: bool = False) -> Results:
     """Weighted sum of the token losses with two GEMMs, when no gradient is needed."""
-    chunks = Chunks.of(problem)
+    chunks = Chunks.of(problem, backend)
     loss = torch.zeros((), **problem.like)
     parts: list[dict[str, Tensor]] = []
     for span in chunks.spans:
-        z_s, z_t = chunks.logits(span)
+        z_s, z_t = chunks.store.fill_(span)
         weight = problem.weight[span]
         if with_stats or problem.weigher is not None:
             parts.append(row_stats(problem, backend, z_s, z_t, span))
@@ -115,8 +102,8 @@ def loss_only(problem: Problem, backend: ModuleType, with_stats: bool = False) -
 
 def token_stats(problem: Problem, backend: ModuleType) -> dict[str, Tensor]:
     """Statistics of the live rows by field, each `[n]`."""
-    chunks = Chunks.of(problem)
-    return joined([row_stats(problem, backend, *chunks.logits(span), span) for span in chunks.spans])
+    chunks = Chunks.of(problem, backend)
+    return joined([row_stats(problem, backend, *chunks.store.fill_(span), span) for span in chunks.spans])
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -152,8 +139,9 @@ def row_stats(
     problem: Problem, backend: ModuleType, z_s: Tensor, z_t: Tensor, span: slice
 ) -> dict[str, Tensor]:
     """Values `[C]` of every field of `TokenStats`; the logits are left as they are."""
-    ids = torch.zeros_like(z_s[:, 0], dtype=torch.int64)
-    if problem.token_ids is not None:
+    if problem.token_ids is None:
+        ids = torch.zeros(span.stop - span.start, dtype=torch.int64, device=problem.device)
+    else:
         ids = problem.token_ids[span]
     stats: dict[str, Tensor] = backend.row_stats(z_s, z_t, problem.objective, ids)
     if problem.token_ids is None:

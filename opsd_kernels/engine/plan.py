@@ -12,9 +12,9 @@ FEWEST_ROWS_TRAINABLE_HEAD = {"cpu": 0}
 DEFAULT_FEWEST_ROWS = 512
 
 
-def chunk_rows(problem: Problem, trainable_head: bool) -> int:
-    """Rows of logits held at once."""
-    row_bytes = problem.vocab * problem.dtype.itemsize
+def chunk_rows(problem: Problem, entry_bytes: int, trainable_head: bool) -> int:
+    """Rows of logits held at once, of `entry_bytes` a logit."""
+    row_bytes = problem.vocab * entry_bytes
     return length(problem.live_rows, row_bytes, _budget(problem, row_bytes, trainable_head))
 
 

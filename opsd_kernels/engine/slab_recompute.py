@@ -26,10 +26,14 @@ def forward(problem: Problem, backend: ModuleType, with_stats: bool) -> tuple[Te
 
     Where the backward will walk whole rows, only the losses are kept.
     """
-    chunks = Chunks.of(problem)
+    if not backend.SLABS:
+        raise ValueError(
+            f"backend: expected 'triton' or 'torch' for a loss per token; got {problem.options.backend!r}"
+        )
+    chunks = Chunks.of(problem, backend)
     rows, stats = [], []
     for span in chunks.spans:
-        z_s, z_t = chunks.logits(span)
+        z_s, z_t = chunks.store.fill_(span)
         if with_stats:
             stats.append(chunk_store.row_stats(problem, backend, z_s, z_t, span))
         if by_slabs(problem):
@@ -115,10 +119,10 @@ def _row_statistics(statistics: Tensor, dtype: torch.dtype) -> RowStatistics:
 
 def _by_rows(problem: Problem, backend: ModuleType, upstream: Tensor, gradients: Gradients) -> None:
     """Walks chunks of rows once more, now that the upstream gradient is known."""
-    chunks = Chunks.of(problem, trainable_head=True)
+    chunks = Chunks.of(problem, backend, trainable_head=True)
     form = GradientForm(chunks.student.operand_dtype, chunks.student.cap)
     for span in chunks.spans:
-        z_s, z_t = chunks.logits(span)
+        z_s, z_t = chunks.store.fill_(span)
         coefficient = upstream[span] * chunks.student.slope
         _, dz = chunk_store.row_gradient_(problem, backend, z_s, z_t, span, coefficient, form)
         gradients.add_(chunks.student, dz, span)

@@ -75,17 +75,18 @@ class _Builder:
 def _same(stream: Source, student: Source) -> bool:
     """Whether a stream is the student itself, detached."""
     if isinstance(stream, Hidden) and isinstance(student, Hidden):
-        scalars = (stream.logit_scale, stream.softcap) == (student.logit_scale, student.softcap)
-        return scalars and stream.hidden.is_set_to(student.hidden) and _same_head(stream, student)
+        return stream.hidden.is_set_to(student.hidden) and same_head(stream, student)
     both = isinstance(stream, Logits) and isinstance(student, Logits)
     return both and stream.tensors[0].is_set_to(student.tensors[0])
 
 
-def _same_head(a: Hidden, b: Hidden) -> bool:
-    """Same weight and bias, as memory."""
+def same_head(a: Hidden, b: Hidden) -> bool:
+    """Same weight and bias, as memory, and the same scale and soft-cap."""
+    if (a.logit_scale, a.softcap) != (b.logit_scale, b.softcap) or not a.weight.is_set_to(b.weight):
+        return False
     if a.bias is None or b.bias is None:
-        return a.bias is b.bias and a.weight.is_set_to(b.weight)
-    return a.weight.is_set_to(b.weight) and a.bias.is_set_to(b.bias)
+        return a.bias is b.bias
+    return a.bias.is_set_to(b.bias)
 
 
 def _shared_head(source: LogLinear) -> Hidden | None:
@@ -94,9 +95,7 @@ def _shared_head(source: LogLinear) -> Hidden | None:
     if source.mix != "auto" or not isinstance(first, Hidden) or first.softcap is not None:
         return None
     for _, stream in source.streams:
-        if not isinstance(stream, Hidden) or stream.softcap is not None:
-            return None
-        if stream.logit_scale != first.logit_scale or not _same_head(stream, first):
+        if not isinstance(stream, Hidden) or not same_head(stream, first):
             return None
     return first
 

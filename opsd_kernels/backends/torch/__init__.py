@@ -15,8 +15,11 @@ from opsd_kernels.backends.torch.rows import (
     slab_gradient_,
     softmax_gradient_,
 )
+from opsd_kernels.engine.logits_store import DenseStore as LogitsStore
 
 __all__ = [
+    "SLABS",
+    "LogitsStore",
     "live_columns",
     "normalisers",
     "row_gradient_",
@@ -26,6 +29,9 @@ __all__ = [
     "softmax_gradient_",
     "unsupported",
 ]
+
+# Whether a slab of columns can be taken on its own (`slab_gradient_`).
+SLABS = True
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,8 +4,8 @@ Every row is shared by `SPLITS` programs that walk their columns in blocks; what
 partial results per row that a later pass, or PyTorch, combines in a fixed order. No atomics, no autotuning.
 
 Logits come in one of two formats. `TILE == 0`: fp32 `[C, V]`. `TILE > 0`: fp16 values of z minus the maximum
-of the row's tile of `TILE` columns, and the maxima in `tops` `[2, C, tiles]` (student's, teacher's), which
-keeps the gradient's quality in half the memory (`paired.py`). Row strides are int64, offsets are too.
+of the row's tile of `TILE` columns, and the maxima in `tops_s`, `tops_t` `[C, tiles]`, which keeps the
+gradient's quality in half the memory (`paired.py`). Row strides are int64, offsets are too.
 
 `numbers` `[C, 6]` holds what is known of whole rows: the student's maximum and log sum exp(z - maximum), the
 teacher's likewise, and the gradient's total and scale.
@@ -103,7 +103,7 @@ def _entry_terms(ls, lt, beta, tau, NAME: tl.constexpr, MIXTURE: tl.constexpr, C
 
 @triton.jit
 def loss_kernel(
-    z_s, z_t, tops, numbers, partial, V, stride_s, stride_t, beta, tau,
+    z_s, z_t, tops_s, tops_t, numbers, partial, V, stride_s, stride_t, beta, tau,
     NAME: tl.constexpr, MIXTURE: tl.constexpr, CLIP: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,6 @@ def loss_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(V, TILE) if TILE > 0 else 0
-    tops_t = tops + tl.num_programs(0).to(tl.int64) * tiles
     first, last = _columns(V, SPLITS, BLOCK)
     top_s, log_sum_s = tl.load(numbers + row * 6), tl.load(numbers + row * 6 + 1)
     top_t, log_sum_t = tl.load(numbers + row * 6 + 2), tl.load(numbers + row * 6 + 3)
@@ -121,7 +120,7 @@ def loss_kernel(
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         live = columns < last
-        ls = _log_probs(_logits(z_s, tops, row, columns, live, stride_s, tiles, TILE), top_s, log_sum_s)
+        ls = _log_probs(_logits(z_s, tops_s, row, columns, live, stride_s, tiles, TILE), top_s, log_sum_s)
         lt = _log_probs(_logits(z_t, tops_t, row, columns, live, stride_t, tiles, TILE), top_t, log_sum_t)
         s, v, a = _entry_terms(ls, lt, beta, tau, NAME, MIXTURE, CLIP)
         loss += tl.sum(v, 0)
@@ -135,7 +134,7 @@ def loss_kernel(
 
 @triton.jit
 def gradient_kernel(
-    z_s, z_t, dz, tops, numbers, V, stride_s, stride_t, stride_dz, beta, tau, cap,
+    z_s, z_t, dz, tops_s, tops_t, numbers, V, stride_s, stride_t, stride_dz, beta, tau, cap,
     NAME: tl.constexpr, MIXTURE: tl.constexpr, CLIP: tl.constexpr, CAPPED: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +146,6 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(V, TILE) if TILE > 0 else 0
-    tops_t = tops + tl.num_programs(0).to(tl.int64) * tiles
     first, last = _columns(V, SPLITS, BLOCK)
     top_s, log_sum_s = tl.load(numbers + row * 6), tl.load(numbers + row * 6 + 1)
     top_t, log_sum_t = tl.load(numbers + row * 6 + 2), tl.load(numbers + row * 6 + 3)
@@ -155,7 +153,7 @@ def gradient_kernel(
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         live = columns < last
-        z = _logits(z_s, tops, row, columns, live, stride_s, tiles, TILE)
+        z = _logits(z_s, tops_s, row, columns, live, stride_s, tiles, TILE)
         ls = _log_probs(z, top_s, log_sum_s)
         lt = _log_probs(_logits(z_t, tops_t, row, columns, live, stride_t, tiles, TILE), top_t, log_sum_t)
         s, _, a = _entry_terms(ls, lt, beta, tau, NAME, MIXTURE, CLIP)
@@ -213,7 +211,7 @@ def live_columns_kernel(dz, bound, live, C, V, stride, ROWS: tl.constexpr, BLOCK
 
 @triton.jit
 def stats_kernel(
-    z_s, z_t, tops, numbers, partial, V, stride_s, stride_t, beta, tau,
+    z_s, z_t, tops_s, tops_t, numbers, partial, V, stride_s, stride_t, beta, tau,
     NAME: tl.constexpr, MIXTURE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `token_stats` reports, summed over each part of a row.
@@ -223,7 +221,6 @@ def stats_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(V, TILE) if TILE > 0 else 0
-    tops_t = tops + tl.num_programs(0).to(tl.int64) * tiles
     first, last = _columns(V, SPLITS, BLOCK)
     top_s, log_sum_s = tl.load(numbers + row * 6), tl.load(numbers + row * 6 + 1)
     top_t, log_sum_t = tl.load(numbers + row * 6 + 2), tl.load(numbers + row * 6 + 3)
@@ -233,7 +230,7 @@ def stats_kernel(
     for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         live = columns < last
-        ls = _log_probs(_logits(z_s, tops, row, columns, live, stride_s, tiles, TILE), top_s, log_sum_s)
+        ls = _log_probs(_logits(z_s, tops_s, row, columns, live, stride_s, tiles, TILE), top_s, log_sum_s)
         lt = _log_probs(_logits(z_t, tops_t, row, columns, live, stride_t, tiles, TILE), top_t, log_sum_t)
         s, t, d, rs, rt = _letters(ls, lt, 0.5, True)
         forward += tl.sum(value("forward_kl", s, t, d, rs, rt, 0.5), 0)

@@ -6,7 +6,7 @@ A program computes a `[BLOCK_M, TILE]` tile of z_s = h_s W^T and the same tile o
 block of W once for both and accumulates in fp32. Its epilogue stores `fp16(z - top)`, where `top` is the
 largest logit of that row in that tile, and keeps `top` and the sum of exp(z - top) in fp32. In 2 bytes an
 entry the likely ones are exact to a few 1e-4 nats, so that the difference of two close distributions
-survives; bf16 logits lose it. A row kernel needs no normaliser pass: `normaliser` combines the tiles' sums.
+survives; bf16 logits lose it. A row kernel needs no normaliser pass: `TiledSide.normaliser` combines the tiles' sums.
 
 Which exponentials are summed: those of the stored, rounded values, which is what a row kernel reads back,
 not those of the fp32 logits. Both err alike in the L2 norm of dlogits. But then the probabilities of a row
@@ -17,12 +17,14 @@ Not yet measured on a GPU: checked in Triton's interpreter, and compiled ahead o
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from opsd_kernels.backends.triton.tiled import TiledSide
 
 # Columns that share a maximum, and the width of a program's tile: the same on every GPU, so that what is
 # stored does not depend on the GPU's block sizes.
@@ -199,67 +201,35 @@ PLAIN = Head()
 
 @dataclass(frozen=True)
 class Tiled:
-    """Logits of C rows in 2 bytes an entry, with the statistics of each row in each tile of columns.
+    """Buffers for the logits of both sides.
 
-    Entry v of a row is `value[v] + top[v // tile]`. From V on up to the end of the last tile values are -inf.
-
-    Args:
-        vocab: V.
-        tile: columns of a tile.
-        values_s: `[C, tiles * tile]` fp16, student's logits less the largest of their tile; a logit more than
-            65,504 below it counts as excluded. `values_t`: the teacher's.
-        tops_s: `[C, tiles]` fp32, largest student logit of each tile, perhaps -inf. `tops_t`: the teacher's.
-        sums_s: `[C, tiles]` fp32, sum of exp(value) of each tile. `sums_t`: the teacher's.
+    From V on up to the end of the last tile values are -inf. A logit more than 65,504 below the largest of its
+    tile counts as excluded.
     """
 
-    vocab: int
-    tile: int
-    values_s: torch.Tensor
-    values_t: torch.Tensor
-    tops_s: torch.Tensor
-    tops_t: torch.Tensor
-    sums_s: torch.Tensor
-    sums_t: torch.Tensor
+    student: TiledSide
+    teacher: TiledSide
 
     @classmethod
     def empty(cls, rows: int, vocab: int, device: torch.device, tile: int = TILE) -> "Tiled":
-        """Buffers for `rows` rows, uninitialised: 4 bytes an entry for both sides, and 3 % for statistics.
+        """For `rows` rows, uninitialised: 4 bytes an entry for both sides, and 3 % for statistics.
 
         The rows' stride is a multiple of 64 entries, so that GEMMs read them aligned.
         """
         tiles = triton.cdiv(vocab, tile)
         stride = triton.cdiv(tiles * tile, 64) * 64
         values = torch.empty(2, rows, stride, dtype=torch.float16, device=device)[..., : tiles * tile]
-        statistics = torch.empty(4, rows, tiles, dtype=torch.float32, device=device)
-        return cls(vocab, tile, *values.unbind(0), *statistics.unbind(0))
+        statistics = torch.empty(2, 2, rows, tiles, dtype=torch.float32, device=device)
+        return cls(*(TiledSide(vocab, tile, values[side], *statistics[side]) for side in range(2)))
 
     def first(self, rows: int) -> "Tiled":
         """The first rows of the same buffers."""
-        return Tiled(self.vocab, self.tile, *(buffer[:rows] for buffer in self.buffers))
-
-    @property
-    def buffers(self) -> tuple[torch.Tensor, ...]:
-        """Values, maxima and sums, of the student and of the teacher each."""
-        return self.values_s, self.values_t, self.tops_s, self.tops_t, self.sums_s, self.sums_t
-
-    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[C, V]` fp32 logits of student and teacher; new tensors, 8 bytes an entry."""
-        return self._side(self.values_s, self.tops_s), self._side(self.values_t, self.tops_t)
-
-    def _side(self, values: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
-        z = values.unflatten(1, (-1, self.tile)) + tops[..., None]
-        return z.flatten(1)[:, : self.vocab]
-
-
-def normaliser(tops: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest logit `[C]` fp32 and sum of exp(z - largest) `[C]` fp64 of rows, from their tiles' statistics.
-
-    fp64, so that a probability near 1 is right to the last bit of fp32 that the tiles' own sums leave.
-    """
-    top = tops.amax(1)
-    # exp(-inf - -inf) of a row that is excluded as a whole is not a number; its sum is 0.
-    share = torch.exp((tops - top[:, None]).double()).nan_to_num_(0.0)
-    return top, (sums * share).sum(1)
+        return Tiled(
+            *(
+                replace(side, values=side.values[:rows], tops=side.tops[:rows], sums=side.sums[:rows])
+                for side in (self.student, self.teacher)
+            )
+        )
 
 
 def paired_logits_(
@@ -285,10 +255,11 @@ def paired_logits_(
     """
     rows, width = hidden_s.shape
     _check("hidden_t", hidden_t, (rows, width), hidden_s.dtype)
-    _check("weight", weight, (tiled.vocab, width), hidden_s.dtype)
-    _check("hidden_s", hidden_s, (tiled.values_s.shape[0], width), hidden_s.dtype)
-    if head.bias is not None and head.bias.shape != (tiled.vocab,):
-        raise ValueError(f"bias: expected shape {(tiled.vocab,)}; got {tuple(head.bias.shape)}")
+    s, t = tiled.student, tiled.teacher
+    _check("weight", weight, (s.vocab, width), hidden_s.dtype)
+    _check("hidden_s", hidden_s, (s.shape[0], width), hidden_s.dtype)
+    if head.bias is not None and head.bias.shape != (s.vocab,):
+        raise ValueError(f"bias: expected shape {(s.vocab,)}; got {tuple(head.bias.shape)}")
     aligned = width % 16 == 0 and all(
         x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in (hidden_s, hidden_t, weight)
     )
@@ -298,14 +269,15 @@ def paired_logits_(
     else:
         factors = head.logit_scale / head.softcap, head.softcap / head.temperature
     bias = weight if head.bias is None else head.bias.contiguous()
-    strides = (x.stride(0) for x in (tiled.values_s, tiled.values_t, hidden_s, hidden_t, weight))
-    programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(tiled.vocab, tiled.tile)
+    strides = (x.stride(0) for x in (s.values, t.values, hidden_s, hidden_t, weight))
+    programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(s.vocab, s.tile)
     if not programs:
         return
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
         paired_kernel[(programs,)](
-            *tiled.buffers, hidden_s, hidden_t, weight, bias, rows, tiled.vocab, width, *strides, *factors,
-            **constants(head.bias is not None, head.softcap is not None, width, tiled.tile, blocks),
+            s.values, t.values, s.tops, t.tops, s.sums, t.sums, hidden_s, hidden_t, weight, bias,
+            rows, s.vocab, width, *strides, *factors,
+            **constants(head.bias is not None, head.softcap is not None, width, s.tile, blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 

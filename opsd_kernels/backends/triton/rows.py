@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.backends.triton import kernels
+from opsd_kernels.backends.triton.tiled import TiledSide
 from opsd_kernels.backends.triton.tiles import tiles
 from opsd_kernels.engine.rows import GradientForm, RowStatistics, clip_tokens, clipped_fraction, divergence
 from opsd_kernels.objectives import Objective
@@ -14,8 +15,11 @@ from opsd_kernels.objectives import Objective
 # Set for every launch, so that no default of Triton's decides about rounding.
 FP_FUSION = True
 
+# The logits of a chunk of rows: fp32 `[C, V]`, or in 2 bytes an entry.
+Logits = Tensor | TiledSide
 
-def row_loss(z_s: Tensor, z_t: Tensor, objective: Objective) -> RowStatistics:
+
+def row_loss(z_s: Logits, z_t: Logits, objective: Objective) -> RowStatistics:
     """Statistics of the rows of `z_s` and `z_t` `[C, V]`, which are left as they are."""
     top_s, sum_s, top_t, sum_t = normalisers(z_s, z_t)
     numbers = _numbers(z_s, top_s, sum_s, top_t, sum_t)
@@ -25,7 +29,7 @@ def row_loss(z_s: Tensor, z_t: Tensor, objective: Objective) -> RowStatistics:
 
 
 def row_gradient_(
-    z_s: Tensor, z_t: Tensor, objective: Objective, coefficient: Tensor, form: GradientForm
+    z_s: Logits, z_t: Logits, objective: Objective, coefficient: Tensor, form: GradientForm
 ) -> tuple[Tensor, Tensor]:
     """Losses `[C]` of the rows, and `coefficient * dL/dz_s` `[C, V]` in the memory of `z_t`."""
     statistics = row_loss(z_s, z_t, objective)
@@ -33,8 +37,8 @@ def row_gradient_(
 
 
 def slab_gradient_(
-    z_s: Tensor,
-    z_t: Tensor,
+    z_s: Logits,
+    z_t: Logits,
     objective: Objective,
     statistics: RowStatistics,
     coefficient: Tensor,
@@ -43,23 +47,27 @@ def slab_gradient_(
     """The gradient for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
     numbers = _numbers(z_s, *statistics[1:5])
     numbers[:, 4], numbers[:, 5] = statistics.total, statistics.scale * coefficient
-    dz, shape = form.over(z_t), tiles(z_s.device)
-    cap = 1.0 if form.cap is None else form.cap
-    # A gradient of 2 bytes lies over columns further left: one program reads and writes the row in order.
-    splits = shape.splits if dz is z_t else 1
-    strides = z_s.stride(0), z_t.stride(0), dz.stride(0)
+    a, tops_s, tile = _storage(z_s)
+    b, tops_t, _ = _storage(z_t)
+    dz = form.over(z_t) if isinstance(z_t, Tensor) else z_t.gradient_memory(form.dtype)
+    shape, cap = tiles(z_s.device), 1.0 if form.cap is None else form.cap
+    # Over wider logits a gradient lies over columns further left: one program takes the row in order.
+    splits = 1 if b.element_size() > dz.element_size() else shape.splits
+    strides = a.stride(0), b.stride(0), dz.stride(0)
     bounds = float(objective.beta), float(objective.entry_clip or 0.0)
     _launch(
         kernels.gradient_kernel,
         (z_s.shape[0], splits),
-        (z_s, z_t, dz, z_s, numbers, z_s.shape[1], *strides, *bounds, float(cap)),
-        {**_entry_constants(objective), "CAPPED": form.cap is not None, "TILE": 0, "BLOCK": shape.block},
+        (a, b, dz, tops_s, tops_t, numbers, z_s.shape[1], *strides, *bounds, float(cap)),
+        {**_entry_constants(objective), "CAPPED": form.cap is not None, "TILE": tile, "BLOCK": shape.block},
     )
     return dz
 
 
-def normalisers(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def normalisers(z_s: Logits, z_t: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`[C]` student's maximum and sum exp(z - maximum), teacher's likewise; -inf and 0 for an empty row."""
+    if isinstance(z_s, TiledSide) and isinstance(z_t, TiledSide):
+        return *z_s.normaliser(), *z_t.normaliser()
     shape = tiles(z_s.device)
     partial = _partial(z_s, 4)
     arguments = (z_s, z_t, partial, z_s.shape[1], z_s.stride(0), z_t.stride(0))
@@ -101,7 +109,7 @@ def live_columns(dz: Tensor, bound: Tensor) -> Tensor:
     return live.bool()
 
 
-def row_stats(z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor) -> dict[str, Tensor]:
+def row_stats(z_s: Logits, z_t: Logits, objective: Objective, token_ids: Tensor) -> dict[str, Tensor]:
     """`[C]` values of the fields of `TokenStats`; `token_ids` is `[C]`."""
     top_s, sum_s, top_t, sum_t = normalisers(z_s, z_t)
     numbers = _numbers(z_s, top_s, sum_s, top_t, sum_t)
@@ -112,7 +120,7 @@ def row_stats(z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor)
         kernels.stats_kernel,
         partial.shape[:2],
         _pair(z_s, z_t, numbers, partial, objective),
-        {**constants, "TILE": 0, "BLOCK": tiles(z_s.device).stats_block},
+        {**constants, "TILE": _storage(z_s)[2], "BLOCK": tiles(z_s.device).stats_block},
     )
     forward, reverse, jsd, entropy_s, entropy_t, positive, kept = partial[..., :7].sum(1).unbind(-1)
     loss = divergence(_sums(z_s, z_t, numbers, objective)[0], objective)
@@ -123,22 +131,22 @@ def row_stats(z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor)
         "jsd": divergence(jsd, Objective("jsd")),
         "student_entropy": entropy_s,
         "teacher_entropy": entropy_t,
-        "student_logprob": z_s.gather(-1, ids)[:, 0] - top_s - sum_s.log(),
-        "teacher_logprob": z_t.gather(-1, ids)[:, 0] - top_t - sum_t.log(),
+        "student_logprob": z_s.gather(-1, ids)[:, 0] - top_s - sum_s.log().float(),
+        "teacher_logprob": z_t.gather(-1, ids)[:, 0] - top_t - sum_t.log().float(),
         "top1_agreement": (_first_best(partial[..., 7:9]) == _first_best(partial[..., 9:])).float(),
         "clipped_fraction": clipped_fraction(positive, kept, loss, objective),
     }
 
 
-def _sums(z_s: Tensor, z_t: Tensor, numbers: Tensor, objective: Objective) -> tuple[Tensor, ...]:
+def _sums(z_s: Logits, z_t: Logits, numbers: Tensor, objective: Objective) -> tuple[Tensor, ...]:
     """`[C]` sums over the vocabulary of the clipped value, the weight a and s."""
     partial = _partial(z_s, 3)
-    constants = {**_entry_constants(objective), "TILE": 0, "BLOCK": tiles(z_s.device).block}
+    constants = {**_entry_constants(objective), "TILE": _storage(z_s)[2], "BLOCK": tiles(z_s.device).block}
     _launch(kernels.loss_kernel, partial.shape[:2], _pair(z_s, z_t, numbers, partial, objective), constants)
     return partial.sum(1).unbind(-1)
 
 
-def _numbers(z: Tensor, top_s: Tensor, sum_s: Tensor, top_t: Tensor, sum_t: Tensor) -> Tensor:
+def _numbers(z: Logits, top_s: Tensor, sum_s: Tensor, top_t: Tensor, sum_t: Tensor) -> Tensor:
     """`[C, 6]` fp32 as the kernels read it; the last two columns are left to fill."""
     numbers = torch.empty(z.shape[0], 6, dtype=torch.float32, device=z.device)
     numbers[:, 0], numbers[:, 1] = top_s, sum_s.log()
@@ -147,12 +155,18 @@ def _numbers(z: Tensor, top_s: Tensor, sum_s: Tensor, top_t: Tensor, sum_t: Tens
 
 
 def _pair(
-    z_s: Tensor, z_t: Tensor, numbers: Tensor, partial: Tensor, objective: Objective
+    z_s: Logits, z_t: Logits, numbers: Tensor, partial: Tensor, objective: Objective
 ) -> tuple[Any, ...]:
-    """The arguments of a kernel that sums over fp32 logits, which have no table of maxima."""
-    tau = float(objective.entry_clip or 0.0)
-    strides = (z_s.shape[1], z_s.stride(0), z_t.stride(0))
-    return (z_s, z_t, z_s, numbers, partial, *strides, float(objective.beta), tau)
+    """The arguments of a kernel that sums over the vocabulary."""
+    a, tops_s, _ = _storage(z_s)
+    b, tops_t, _ = _storage(z_t)
+    bounds = float(objective.beta), float(objective.entry_clip or 0.0)
+    return (a, b, tops_s, tops_t, numbers, partial, z_s.shape[1], a.stride(0), b.stride(0), *bounds)
+
+
+def _storage(z: Logits) -> tuple[Tensor, Tensor, int]:
+    """What the kernels read: values, maxima of the tiles and a tile's columns; 0 columns for fp32 logits."""
+    return (z, z, 0) if isinstance(z, Tensor) else (z.values, z.tops, z.tile)
 
 
 def _entry_constants(objective: Objective) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def _launch(
         )
 
 
-def _partial(z: Tensor, width: int) -> Tensor:
+def _partial(z: Logits, width: int) -> Tensor:
     return torch.empty(z.shape[0], tiles(z.device).splits, width, dtype=torch.float32, device=z.device)
 
 
