@@ -242,10 +242,20 @@ print("equal")
     assert result.stdout.strip() == "equal", result.stderr
 
 
+SLOW = pytest.mark.slow
+
+
 # Spread of the logits, gap between student and teacher in nats; error of dlogits and dH that is allowed.
 @pytest.mark.parametrize(
     ("spread", "gap", "bound"),
-    [(3, 1.0, 1e-4), (3, 0.1, 1e-3), (3, 0.03, 3e-3), (8, 1.0, 1e-4), (8, 0.1, 1e-3), (8, 0.03, 3e-3)],
+    [
+        pytest.param(3, 1.0, 1e-4, marks=SLOW),
+        pytest.param(3, 0.1, 1e-3, marks=SLOW),
+        (3, 0.03, 3e-3),
+        pytest.param(8, 1.0, 1e-4, marks=SLOW),
+        pytest.param(8, 0.1, 1e-3, marks=SLOW),
+        pytest.param(8, 0.03, 3e-3, marks=SLOW),
+    ],
 )
 def test_accuracy_of_the_format(spread: float, gap: float, bound: float) -> None:
     """Forward KL's dlogits, computed from the tiles and from bf16 logits, at V = 16,384 and H = 1,024.
@@ -349,7 +359,7 @@ def compiled(arch, dtype, bias, softcap, width, aligned):
     text = compiled.asm["ptx" if nvidia else "amdgcn"]
     registers, stack, spills = _nvidia(compiled.asm["cubin"]) if nvidia else _amd(text)
     found = {"registers": registers, "stack": stack, "spills": spills, "shared": compiled.metadata.shared}
-    for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma", "cp.async.cg", "atom", "tf32", "xf32"):
+    for name in "wgmma.mma_async mma.sync tcgen05.mma v_mfma cp.async.cg atom tf32 xf32".split():
         found[name] = len(re.findall(name.replace(".", "[.]"), text))
     return found
 
@@ -387,7 +397,7 @@ def test_compiles(arch: str) -> None:
     assert_compile([(arch, "bf16", False, False, 4096, True)])
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_variant_compiles(arch: str, dtype: str) -> None:
