@@ -103,7 +103,11 @@ def loss_only(problem: Problem, backend: ModuleType, with_stats: bool = False) -
 def token_stats(problem: Problem, backend: ModuleType) -> dict[str, Tensor]:
     """Statistics of the live rows by field, each `[n]`."""
     chunks = Chunks.of(problem, backend)
-    return joined([row_stats(problem, backend, *chunks.store.fill_(span), span) for span in chunks.spans])
+    parts = []
+    for span in chunks.spans:
+        z_s, z_t = chunks.store.fill_(span)
+        parts.append(row_stats(problem, backend, z_s, z_t, span))
+    return joined(parts)
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,12 +1,11 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments have no Python types)
 """Student's and teacher's logits of the same tokens by one GEMM that reads the shared head once.
 
 A program computes a `[BLOCK_M, TILE]` tile of z_s = h_s W^T and the same tile of z_t = h_t W^T: it loads a
 block of W once for both and accumulates in fp32. Its epilogue stores `fp16(z - top)`, where `top` is the
 largest logit of that row in that tile, and keeps `top` and the sum of exp(z - top) in fp32. In 2 bytes an
 entry the likely ones are exact to a few 1e-4 nats, so that the difference of two close distributions
-survives; bf16 logits lose it. A row kernel needs no normaliser pass: `TiledSide.normaliser` combines the tiles' sums.
+survives; bf16 logits lose it. A row kernel needs no normaliser pass: `TiledSide.normaliser` combines the
+tiles' sums.
 
 Which exponentials are summed: those of the stored, rounded values, which is what a row kernel reads back,
 not those of the fp32 logits. Both err alike in the L2 norm of dlogits. But then the probabilities of a row
@@ -203,8 +202,8 @@ PLAIN = Head()
 class Tiled:
     """Buffers for the logits of both sides.
 
-    From V on up to the end of the last tile values are -inf. A logit more than 65,504 below the largest of its
-    tile counts as excluded.
+    From V on up to the end of the last tile values are -inf. A logit more than 65,504 below the largest of
+    its tile counts as excluded.
     """
 
     student: TiledSide

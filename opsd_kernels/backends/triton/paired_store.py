@@ -65,8 +65,8 @@ class LogitsStore:
         paired = isinstance(s, Hidden) and isinstance(t, Hidden) and same_head(s, t)
         if not paired or not isinstance(teacher, Projection) or problem.objective.support is not None:
             raise ValueError(
-                "backend: expected 'triton' unless student and teacher are hidden states of one head (weight, "
-                "bias, scale and soft-cap) and the objective has no support; got 'triton_paired'"
+                "backend: expected 'triton' unless student and teacher are hidden states of one head (same "
+                "weight, bias, scale, soft-cap) and the objective has no support; got 'triton_paired'"
             )
         return cls(student, teacher, Tiled.empty(rows, problem.vocab, problem.device))
 
@@ -76,8 +76,7 @@ class LogitsStore:
         source = self.student.source
         assert isinstance(source, Hidden)
         head = Head(source.bias, source.logit_scale, source.softcap, self.student.setting.temperature)
-        hidden = [x.hidden(span) for x in (self.student, self.teacher)]
-        weight = source.weight
-        operands = (x if x.stride(-1) == 1 else x.contiguous() for x in (*hidden, weight))
-        paired_logits_(tiled, *operands, head)
+        operands = self.student.hidden(span), self.teacher.hidden(span), source.weight
+        hidden_s, hidden_t, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in operands)
+        paired_logits_(tiled, hidden_s, hidden_t, weight, head)
         return tiled.student, tiled.teacher

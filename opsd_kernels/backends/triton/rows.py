@@ -66,7 +66,9 @@ def slab_gradient_(
 
 def normalisers(z_s: Logits, z_t: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`[C]` student's maximum and sum exp(z - maximum), teacher's likewise; -inf and 0 for an empty row."""
-    if isinstance(z_s, TiledSide) and isinstance(z_t, TiledSide):
+    if isinstance(z_s, TiledSide) or isinstance(z_t, TiledSide):
+        assert isinstance(z_s, TiledSide)
+        assert isinstance(z_t, TiledSide)
         return *z_s.normaliser(), *z_t.normaliser()
     shape = tiles(z_s.device)
     partial = _partial(z_s, 4)
