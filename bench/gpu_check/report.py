@@ -28,7 +28,7 @@ class Verdict:
 
 
 class Report:
-    """Appends to both files and flushes them line by line, so that a run that is killed leaves what it knew."""
+    """Appends to both files and flushes each line, so that a run that is killed leaves what it knew."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,13 +40,11 @@ class Report:
     def add(self, verdict: Verdict) -> None:
         """Prints and stores a verdict."""
         self._count[verdict.verdict] += 1
-        print(
-            f"{verdict.verdict}  {verdict.stage}: {verdict.what}  [{verdict.numbers}]  {verdict.seconds:.1f} s",
-            flush=True,
-        )
-        numbers = " ".join(verdict.numbers.split()).replace("|", "\\|")
-        line = f"| {verdict.verdict} | {verdict.stage} | {verdict.what} | {numbers} | {verdict.seconds:.1f} |\n"
-        self._write(asdict(verdict), line)
+        numbers, seconds = " ".join(verdict.numbers.split()), f"{verdict.seconds:.1f}"
+        print(f"{verdict.verdict}  {verdict.stage}: {verdict.what}  [{numbers}]  {seconds} s", flush=True)
+        cells = (verdict.verdict, verdict.stage, verdict.what, numbers, seconds)
+        line = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        self._write(asdict(verdict), f"| {line} |\n")
 
     def end(self, how: str, seconds: float) -> None:
         """The last line: `how` the run ended, and the counts."""

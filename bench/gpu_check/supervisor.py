@@ -131,15 +131,15 @@ def _environment(device: str) -> dict[str, str]:
 def run(plan: Plan, report: Report) -> None:
     """All stages of the plan, in order."""
     deadline = time.monotonic() + plan.seconds - FINISH
+    shares = [0.0 if plan.device == "cpu" and stage.cpu else stage.share for stage in plan.stages]
     for index, stage in enumerate(plan.stages):
         left = deadline - time.monotonic()
-        share = stage.share / sum(s.share for s in plan.stages[index:])
-        if plan.device == "cpu" and stage.cpu:
+        if not shares[index]:
             report.add(Verdict(stage.name, "stage", SKIP, stage.cpu, 0.0))
         elif left < GRACE:
             report.add(Verdict(stage.name, "stage", SKIP, "the run's time is spent", 0.0))
         else:
-            _StageRun(plan, stage, report, left * share).run()
+            _StageRun(plan, stage, report, left * shares[index] / sum(shares[index:])).run()
 
 
 class _StageRun:

@@ -1,7 +1,7 @@
-"""Runs the checks of one stage in a process of its own and reports each through a pipe, a JSON line at a time.
+"""Runs the checks of one stage in a process of its own and reports each through a pipe, as a JSON line.
 
-The process may die of a bad memory access; the supervisor then starts another one behind the check that killed
-it. A CUDA context that an error has broken ends the process too, since nothing after it could pass.
+The process may die of a bad memory access; the supervisor then starts another one behind the check that
+killed it. A CUDA context that an error has broken ends the process too, since nothing after it could pass.
 """
 
 import argparse
