@@ -24,19 +24,21 @@ FINISH = 3.0  # seconds kept back for the end of the run
 
 @dataclass(frozen=True)
 class Stage:
-    """A module of `bench.gpu_check.stages`.
+    """A module with a function `checks`.
 
     Args:
         name: of the module.
         share: of the time, relative to the other stages'; what one leaves over goes to those behind it.
         processes: how many run beside each other on a GPU, mostly to compile kernels.
         cpu: why it cannot run without a GPU; empty if it can.
+        package: where the module is.
     """
 
     name: str
     share: float
     processes: int = 1
     cpu: str = ""
+    package: str = "bench.gpu_check.stages"
 
 
 NEEDS_GPU = "needs a CUDA device"
@@ -84,7 +86,13 @@ class Worker:
     def start(self, plan: Plan, stage: Stage, shards: int, seconds: float, events: queue.Queue[Any]) -> None:
         """Starts the process behind the checks that are done; its events go to the queue."""
         read, write = os.pipe()
-        command = [sys.executable, "-m", "bench.gpu_check.worker", "--stage", stage.name]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.gpu_check.worker",
+            "--module",
+            f"{stage.package}.{stage.name}",
+        ]
         command += ["--device", plan.device, "--out", str(plan.out), "--seconds", f"{max(seconds, 0):.1f}"]
         command += ["--pipe", str(write), "--shard", str(self.shard), "--shards", str(shards)]
         command += ["--done", str(self.done), *(["--self-test"] if plan.self_test else [])]

@@ -70,10 +70,9 @@ def mine(checks: list[Check], shard: int, shards: int) -> list[Check]:
     return [check for check in checks if groups.index(check.group or check.what) % shards == shard]
 
 
-def work(pipe: Pipe, stage: str, setting: Setting, shard: int, shards: int, done: int) -> int:
+def work(pipe: Pipe, module: str, setting: Setting, shard: int, shards: int, done: int) -> int:
     """Runs the shard's checks from number `done` on; returns the exit status."""
-    module = importlib.import_module(f"bench.gpu_check.stages.{stage}")
-    checks = mine(module.checks(setting), shard, shards)
+    checks = mine(importlib.import_module(module).checks(setting), shard, shards)
     for number, check in enumerate(checks[done:], start=done):
         if setting.left <= 0:
             rest = len(checks) - number
@@ -97,7 +96,7 @@ def work(pipe: Pipe, stage: str, setting: Setting, shard: int, shards: int, done
 def main() -> int:
     """Reads what the supervisor asks for."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stage", required=True)
+    parser.add_argument("--module", required=True, help="of the stage")
     parser.add_argument("--device", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
@@ -117,7 +116,7 @@ def main() -> int:
     if asked.self_test:
         faults.install()
     setting = Setting(asked.device, asked.out, start + asked.seconds, asked.self_test)
-    status = work(pipe, asked.stage, setting, asked.shard, asked.shards, asked.done)
+    status = work(pipe, asked.module, setting, asked.shard, asked.shards, asked.done)
     pipe.send(event="end")
     return status
 
