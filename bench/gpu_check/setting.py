@@ -56,12 +56,14 @@ class Check:
         run: returns the numbers; raises AssertionError if they are wrong, `Skip` if it cannot run here.
         group: checks of one group run in one process, in order; others may run beside it.
         limit: seconds after which it counts as hung, which is a failure.
+        spoils: whether a failure leaves the process in a state that the next check must not inherit.
     """
 
     what: str
     run: Callable[[], str]
     group: str = ""
     limit: float = 120.0
+    spoils: bool = False
 
 
 def fused(backend: str) -> Callable[..., torch.Tensor]:

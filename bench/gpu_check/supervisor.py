@@ -20,6 +20,7 @@ from bench.gpu_check.report import FAIL, SKIP, Report, Verdict
 
 GRACE = 3.0  # seconds over its time that a stage gets before it is killed
 FINISH = 3.0  # seconds kept back for the end of the run
+LEAST = 40.0  # seconds that any stage may take, whatever its share: importing torch can take half of them
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Worker:
     since: float = field(default_factory=time.monotonic)
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self, plan: Plan, stage: Stage, shards: int, seconds: float, events: queue.Queue[Any]) -> None:
+    def start(self, plan: Plan, stage: Stage, shards: int, deadline: float, events: queue.Queue[Any]) -> None:
         """Starts the process behind the checks that are done; its events go to the queue."""
         read, write = os.pipe()
         command = [
@@ -93,7 +94,7 @@ class Worker:
             "--module",
             f"{stage.package}.{stage.name}",
         ]
-        command += ["--device", plan.device, "--out", str(plan.out), "--seconds", f"{max(seconds, 0):.1f}"]
+        command += ["--device", plan.device, "--out", str(plan.out), "--deadline", str(deadline)]
         command += ["--pipe", str(write), "--shard", str(self.shard), "--shards", str(shards)]
         command += ["--done", str(self.done), *(["--self-test"] if plan.self_test else [])]
         with (plan.out / "log.txt").open("ab") as log:
@@ -130,6 +131,14 @@ def _forward(worker: Worker, process: subprocess.Popen[bytes], read: int, events
     events.put((worker, process, {"event": "closed"}))
 
 
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Exit status of a process, after the end of whatever it has left running in its group."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped: its number stays its own
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
 def _environment(device: str) -> dict[str, str]:
     """Triton reads its interpreter's switch when it is imported; on a GPU the compiler is what is checked."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -147,7 +156,8 @@ def run(plan: Plan, report: Report) -> None:
         elif left < GRACE:
             report.add(Verdict(stage.name, "stage", SKIP, "the run's time is spent", 0.0))
         else:
-            _StageRun(plan, stage, report, left * shares[index] / sum(shares[index:])).run()
+            seconds = max(left * shares[index] / sum(shares[index:]), min(left, LEAST))
+            _StageRun(plan, stage, report, seconds).run()
 
 
 class _StageRun:
@@ -180,8 +190,7 @@ class _StageRun:
                 worker.kill()
 
     def _start(self, worker: Worker) -> None:
-        seconds = self.deadline - time.monotonic()
-        worker.start(self.plan, self.stage, len(self.workers), seconds, self.events)
+        worker.start(self.plan, self.stage, len(self.workers), self.deadline, self.events)
 
     def _handle(self, worker: Worker, event: dict[str, Any]) -> bool:
         """Takes note of an event; whether the worker goes on."""
@@ -203,7 +212,7 @@ class _StageRun:
     def _closed(self, worker: Worker) -> bool:
         """The process is gone: finished, or dead, in which case another one goes on behind its last check."""
         assert worker.process is not None
-        status = worker.process.wait()
+        status = _ended(worker.process)
         if worker.what == "end" and status == 0:
             return False
         if worker.what == "start":

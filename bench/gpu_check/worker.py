@@ -19,7 +19,7 @@ from bench.gpu_check import faults
 from bench.gpu_check.report import FAIL, PASS, SKIP
 from bench.gpu_check.setting import Check, Setting, Skip, is_refusal
 
-CONTEXT_LOST = 70
+SPOILED = 70
 NO_DEVICE = 2
 
 
@@ -85,11 +85,10 @@ def work(pipe: Pipe, module: str, setting: Setting, shard: int, shards: int, don
         verdict, numbers = judge(check)
         seconds = time.monotonic() - start
         lost = verdict == FAIL and context_lost()
-        if lost:
-            numbers += " (the CUDA context was lost)"
+        numbers += " (the CUDA context was lost)" if lost else ""
         pipe.send(event="verdict", verdict=verdict, numbers=numbers, seconds=seconds)
-        if lost:
-            return CONTEXT_LOST
+        if lost or (verdict == FAIL and check.spoils):
+            return SPOILED
     return 0
 
 
@@ -99,14 +98,13 @@ def main() -> int:
     parser.add_argument("--module", required=True, help="of the stage")
     parser.add_argument("--device", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--deadline", type=float, required=True, help="time.monotonic() of the system")
     parser.add_argument("--pipe", type=int, required=True)
     parser.add_argument("--shard", type=int, required=True)
     parser.add_argument("--shards", type=int, required=True)
     parser.add_argument("--done", type=int, required=True)
     parser.add_argument("--self-test", action="store_true")
     asked = parser.parse_args()
-    start = time.monotonic()
     pipe = Pipe(asked.pipe)
     if asked.device == "cuda" and not torch.cuda.is_available():
         pipe.send(event="no device")
@@ -115,7 +113,7 @@ def main() -> int:
         torch.set_num_threads(1)
     if asked.self_test:
         faults.install()
-    setting = Setting(asked.device, asked.out, start + asked.seconds, asked.self_test)
+    setting = Setting(asked.device, asked.out, asked.deadline, asked.self_test)
     status = work(pipe, asked.module, setting, asked.shard, asked.shards, asked.done)
     pipe.send(event="end")
     return status

@@ -17,7 +17,11 @@ def checks(setting: Setting) -> list[Check]:
 
     def build(backend: str) -> list[Check]:
         return [
-            Check(f"{backend}, {reduction}, {kind}", partial(_capture, backend, kind, reduction))
+            Check(
+                f"{backend}, {reduction}, {kind}",
+                partial(_capture, backend, kind, reduction),
+                spoils=True,
+            )
             for reduction in ("mean", "none")
             for kind in ("all rows", "rows=", "rows= of none", "all-dead mask, eager")
         ]

@@ -1,6 +1,7 @@
 """What this machine is: device, driver, versions, clocks, and what is missing."""
 
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ def checks(setting: Setting) -> list[Check]:
         Check("device", partial(_device, setting)),
         Check("torch", _torch),
         Check("driver and clocks", partial(_clocks, setting)),
+        Check("C compiler", _compiler),
         Check("commit", _commit),
         *packages,
     ]
@@ -51,6 +53,14 @@ def _clocks(setting: Setting) -> str:
         raise Skip(f"nvidia-smi: {(result.stdout + result.stderr).strip()[:200]}")
     pairs = zip(fields.split(","), result.stdout.split(","), strict=False)
     return ", ".join(f"{name} {value.strip()}" for name, value in pairs)
+
+
+def _compiler() -> str:
+    """Triton builds its launcher with one."""
+    found = [os.environ.get("CC", ""), *(shutil.which(name) or "" for name in ("gcc", "cc", "clang"))]
+    if not any(found):
+        raise Skip("none found: Triton and torch.compile may need one")
+    return next(path for path in found if path)
 
 
 def _commit() -> str:

@@ -14,13 +14,14 @@ from opsd_kernels.testing import Case, hidden_case, logits_case
 
 TRIES = 3  # of a case that was unlucky, with other numbers
 SMALL_SECONDS = 4.0
+SLACK = 8.0  # seconds before the end of the stage: a last case may compile kernels
 
 
 def checks(setting: Setting) -> list[Check]:
     """One line per backend."""
     here = sum(refusal(backend, setting.device) is None for backend in BACKENDS)
     shards = here if setting.small else 1  # on a GPU they run beside each other
-    seconds = min(setting.left / shards, SMALL_SECONDS) if setting.small else setting.left - 2
+    seconds = min(setting.left / shards, SMALL_SECONDS) if setting.small else setting.left - SLACK
 
     def build(backend: str) -> list[Check]:
         run = partial(_fuzz, setting, backend, seconds)

@@ -8,7 +8,7 @@ import torch
 from bench.gpu_check.rule import accurate
 from bench.gpu_check.setting import Check, Setting, Skip, fused, per_backend
 from opsd_kernels import Hidden, loss
-from opsd_kernels.testing import Case, eager_loss, evaluate, with_gradient
+from opsd_kernels.testing import Case, eager_loss, evaluate, relative_error, with_gradient
 
 ROWS, VOCAB, WIDTH = 16_384, 151_936, 64
 LATE = 64
@@ -29,6 +29,8 @@ def checks(setting: Setting) -> list[Check]:
 
 
 def _need(gib: float) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
         raise Skip(f"needs {gib:.0f} GiB of device memory, {free:.0f} are free")
@@ -95,7 +97,7 @@ def _compare(found: dict[str, torch.Tensor], case: Case, upstream: torch.Tensor)
 
 
 def _far_rows(backend: str) -> str:
-    """The same bits as contiguous rows."""
+    """As contiguous rows; a product may run in another kernel there, so the last bits may differ."""
     _need(12)
     case = _case()
     student, teacher = case.student, case.teacher
@@ -105,17 +107,19 @@ def _far_rows(backend: str) -> str:
     far = memory.as_strided((3, WIDTH), (STRIDE, 1))
     far.copy_(student.hidden[:3])
     close = Case(replace(student, hidden=student.hidden[:3]), replace(teacher, hidden=teacher.hidden[:3]))
+    errors = []
     for reduction in ("mean", "none"):
         contiguous = close.having(objective="jsd", reduction=reduction)
         apart = replace(contiguous, student=replace(student, hidden=far))
-        expected = evaluate(fused(backend), contiguous)
-        # The gradient of a strided leaf would have its strides, 4 GiB; a view of it has its own.
-        hidden = far.detach()
-        wanted = student.weight.detach().requires_grad_()
-        value = fused(backend)(Hidden(hidden, wanted), apart.teacher, **apart.options)
+        expected = evaluate(fused(backend), contiguous, torch.ones((), device="cuda"))
+        # The hidden states are no leaf here: their gradient would have their strides, and 4 GiB.
+        head = student.weight.detach().requires_grad_()
+        value = fused(backend)(Hidden(far, head), apart.teacher, **apart.options)
         value.backward(torch.ones_like(value))
-        again = evaluate(fused(backend), contiguous, torch.ones_like(value))
-        assert torch.equal(value.detach(), expected.loss), "other bits in the loss"
-        assert wanted.grad is not None
-        assert torch.equal(wanted.grad, again.gradients["weight"]), "other bits in dweight"
-    return f"strides of 2^{STRIDE.bit_length() - 1}: bits as contiguous"
+        torch.testing.assert_close(value.detach(), expected.loss, rtol=1e-5, atol=1e-6)
+        assert head.grad is not None
+        errors.append(relative_error(head.grad, expected.gradients["weight"]))
+    assert max(errors) <= 2**-8, f"dweight: relative difference {max(errors):.1e}"
+    return (
+        f"rows 2^{STRIDE.bit_length() - 1} apart; dweight differs by {max(errors):.1e} from contiguous rows'"
+    )

@@ -73,7 +73,7 @@ def _run(setting: Setting, backend: str, tool: str) -> str:
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
     command += [sys.executable, "-c", PROGRAM.format(backend=backend)]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    seconds = max(setting.left / (1 if tool == TOOLS[-1] else 2), 5)
+    seconds = max(setting.left / (1 if tool == TOOLS[-1] else 2) - 1, 1)
     try:
         result = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
