@@ -30,7 +30,7 @@ class Stage:
     Args:
         name: of the module.
         share: of the time, relative to the other stages'; what one leaves over goes to those behind it.
-        processes: how many run beside each other on a GPU, mostly to compile kernels.
+        processes: how many run beside each other at most; on a GPU mostly to compile kernels.
         cpu: why it cannot run without a GPU; empty if it can.
         package: where the module is.
     """
@@ -167,8 +167,8 @@ class _StageRun:
         self.plan, self.stage, self.report = plan, stage, report
         self.deadline = time.monotonic() + seconds
         self.events: queue.Queue[Any] = queue.Queue()
-        cores = len(os.sched_getaffinity(0))
-        shards = 1 if plan.device == "cpu" else max(1, min(stage.processes, cores // 2))
+        most = 2 if plan.device == "cpu" else max(1, len(os.sched_getaffinity(0)) // 2)
+        shards = min(stage.processes, most)
         self.workers = [Worker(shard) for shard in range(shards)]
 
     def run(self) -> None:

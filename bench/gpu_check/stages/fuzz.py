@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.gpu_check.rule import Unlucky, case_accurate
-from bench.gpu_check.setting import BACKENDS, DTYPES, Check, Setting, on, per_backend, refusal, short
+from bench.gpu_check.setting import DTYPES, Check, Setting, on, per_backend, short
 from bench.gpu_check.stages.conformance import OBJECTIVES
 from opsd_kernels.testing import Case, hidden_case, logits_case
 
@@ -19,9 +19,7 @@ SLACK = 8.0  # seconds before the end of the stage: a last case may compile kern
 
 def checks(setting: Setting) -> list[Check]:
     """One line per backend."""
-    here = sum(refusal(backend, setting.device) is None for backend in BACKENDS)
-    shards = here if setting.small else 1  # on a GPU they run beside each other
-    seconds = min(setting.left / shards, SMALL_SECONDS) if setting.small else setting.left - SLACK
+    seconds = SMALL_SECONDS if setting.small else max(setting.left - SLACK, 1.0)
 
     def build(backend: str) -> list[Check]:
         run = partial(_fuzz, setting, backend, seconds)

@@ -111,11 +111,12 @@ def _far_rows(backend: str) -> str:
     for reduction in ("mean", "none"):
         contiguous = close.having(objective="jsd", reduction=reduction)
         apart = replace(contiguous, student=replace(student, hidden=far))
-        expected = evaluate(fused(backend), contiguous, torch.ones((), device="cuda"))
+        upstream = torch.ones(3 if reduction == "none" else (), device="cuda")
+        expected = evaluate(fused(backend), contiguous, upstream)
         # The hidden states are no leaf here: their gradient would have their strides, and 4 GiB.
         head = student.weight.detach().requires_grad_()
         value = fused(backend)(Hidden(far, head), apart.teacher, **apart.options)
-        value.backward(torch.ones_like(value))
+        value.backward(upstream)
         torch.testing.assert_close(value.detach(), expected.loss, rtol=1e-5, atol=1e-6)
         assert head.grad is not None
         errors.append(relative_error(head.grad, expected.gradients["weight"]))
