@@ -2,7 +2,7 @@
 
 The rule. Every integer of a kernel is given an interval: constants and `tl.arange` their values, a program id
 the bound of the grid's axis (`Variant.grid`; 2^31 - 1 where there is none), an integer argument the bound of
-`Variant.bounds`, whatever is loaded the range of its type. Intervals go forward through the arithmetic, loops
+`BOUNDS`, whatever is loaded the range of its type. Intervals go forward through the arithmetic, loops
 and branches. An error is an int32 multiplication (a left shift is one), or a truncation to int32, whose exact
 result need not lie in int32 and which reaches the offset of a `tt.addptr` or a coordinate of a descriptor,
 directly or through further arithmetic. Widening such a result to int64 afterwards does not help: it is wrong
