@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for every target without a device: `python -m bench.aot`.
 
-Prints registers, stack, spills and shared memory of each variant; exits with 1 if one spills, has a stack
-frame, needs more shared memory than the target has, or adds floats atomically.
+Prints registers and shared memory of each variant; exits with 1 if one spills, has a stack frame, needs more
+shared memory than the target has, adds floats atomically, or has a pointer offset that can leave int32 (the
+rule is in `bench.aot_ttir`).
 """
 
 import argparse
@@ -9,8 +10,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from bench.aot_ttir import overflows
 from opsd_kernels import divergences
 from opsd_kernels.backends.triton import kernels, rows
 
@@ -31,7 +35,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Types of the kernels' arguments by name; `*fp32` where a name is neither here nor in a variant's `types`.
 TYPES = {"V": "i32", "stride_s": "i64", "stride_t": "i64", "beta": "fp32", "tau": "fp32"}
+# Largest values of integer arguments. A stride has none.
+BOUNDS = {"V": 1 << 30}
+# Constants that tell the variants of a kernel apart.
+LABELS = ("NAME", "CLIP")
+# Offsets are the same for every target; this one has the fewest steps after TTIR.
+OFFSETS_TARGET = "gfx942"
 FLOAT_ATOMIC = re.compile(
     r"\b(atom|red)\.\S*add\S*\.(f16|bf16|f32|f64)|atomic_add_(f32|f64|pk)|atomic_pk_add"
 )
@@ -39,16 +50,36 @@ FLOAT_ATOMIC = re.compile(
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel by name, with its compile-time constants."""
+    """A kernel as a launch compiles it.
 
-    kernel: str
-    constants: tuple[tuple[str, Any], ...]
+    Args:
+        kernel: the `triton.jit` function.
+        constants: compile-time constants by name; those in `LABELS` tell the variants of a kernel apart.
+        types: types of arguments that `TYPES` does not have or has otherwise, as `{"dz": "*bf16"}`.
+        num_warps: of a program.
+        num_stages: of its pipelined loops.
+        grid: number of programs on each axis at most, None where it is not bounded.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    grid: tuple[int | None, ...] = ()
 
     @property
     def label(self) -> str:
         """Name and what distinguishes it."""
-        chosen = [str(value) for key, value in self.constants if key in ("NAME", "CLIP")]
-        return " ".join([self.kernel.removesuffix("_kernel"), *chosen])
+        chosen = [str(value) for key, value in self.constants.items() if key in LABELS]
+        others = [kind.removeprefix("*") for kind in self.types.values()]
+        return " ".join([self.kernel.__name__.removesuffix("_kernel"), *chosen, *others])
+
+    def type_of(self, argument: str) -> str:
+        """Triton's name of an argument's type."""
+        if argument in self.constants:
+            return "constexpr"
+        return self.types.get(argument, TYPES.get(argument, "*fp32"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +87,7 @@ class Usage:
     """What a compiled variant takes: registers of a thread, bytes of stack, spills and shared memory."""
 
     target: str
-    variant: Variant
+    label: str
     registers: int
     stack: int
     spills: int
@@ -66,41 +97,72 @@ class Usage:
     @property
     def good(self) -> bool:
         """Whether the variant passes."""
-        return (
-            not (self.stack or self.spills or self.float_atomics) and self.shared <= SHARED_LIMIT[self.target]
-        )
+        wrong = self.stack or self.spills or self.float_atomics
+        return not wrong and self.shared <= SHARED_LIMIT[self.target]
 
 
-def variants() -> list[Variant]:
-    """Every kernel with every divergence and clip that a launch can ask for."""
-    found = [Variant("normaliser_kernel", _sizes(rows.BLOCK))]
+def row_variants() -> list[Variant]:
+    """Every row kernel with every divergence and clip that a launch can ask for."""
+    common: dict[str, Any] = {"num_warps": rows.WARPS, "grid": (None, rows.SPLITS)}
+    sizes = {"SPLITS": rows.SPLITS, "BLOCK": rows.BLOCK}
+    found = [Variant(kernels.normaliser_kernel, sizes, **common)]
     for name, divergence in divergences.table().items():
-        entry = (("NAME", name), ("MIXTURE", divergence.uses_mixture))
+        entry = {"NAME": name, "MIXTURE": divergence.uses_mixture}
         for clip in ("none", "zero", "scale"):
-            constants = (*entry, ("CLIP", clip), *_sizes(rows.BLOCK))
-            found += [Variant("loss_kernel", constants), Variant("gradient_kernel", constants)]
-        found.append(Variant("stats_kernel", (*entry, *_sizes(rows.STATS_BLOCK))))
+            constants = {**entry, "CLIP": clip, **sizes}
+            for kernel in (kernels.loss_kernel, kernels.gradient_kernel):
+                found.append(Variant(kernel, constants, **common))
+        constants = {**entry, **sizes, "BLOCK": rows.STATS_BLOCK}
+        found.append(Variant(kernels.stats_kernel, constants, **common))
     return found
 
 
-def _sizes(block: int) -> tuple[tuple[str, int], ...]:
-    return (("SPLITS", rows.SPLITS), ("BLOCK", block))
+# One function per module of kernels. A new module: a function here, its argument types in `Variant.types`.
+SOURCES: tuple[Callable[[], list[Variant]], ...] = (row_variants,)
 
 
-def usage(job: tuple[str, Variant]) -> Usage:
+def variants() -> list[Variant]:
+    """Those of all modules."""
+    return [variant for source in SOURCES for variant in source()]
+
+
+def usage(target: str, variant: Variant) -> Usage:
     """Compiles a variant for a target and reads what it takes."""
-    target, variant = job
-    kernel, constants = getattr(kernels, variant.kernel), dict(variant.constants)
-    signature = {
-        name: "constexpr" if name in constants else TYPES.get(name, "*fp32") for name in kernel.arg_names
-    }
-    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    options = {"num_warps": rows.WARPS, "enable_fp_fusion": True}
-    compiled = compile_kernel(source, target=TARGETS[target], options=options)
+    compiled = _compiled(target, variant, strides="i64")
     text = compiled.asm["ptx" if target.startswith("sm") else "amdgcn"]
     found = _nvidia(compiled.asm["cubin"]) if target.startswith("sm") else _amd(text)
-    return Usage(target, variant, *found, compiled.metadata.shared, len(FLOAT_ATOMIC.findall(text)))
+    atomics = len(FLOAT_ATOMIC.findall(text))
+    return Usage(target, variant.label, *found, compiled.metadata.shared, atomics)
+
+
+def narrow_offsets(variant: Variant) -> list[str]:
+    """Offsets of a variant that can leave int32.
+
+    A launch passes a stride below 2^31 as int32, and then it is the kernel that has to widen: so strides are
+    int32 here, where those of `usage` are int64, which takes the most registers.
+    """
+    compiled = _compiled(OFFSETS_TARGET, variant, strides="i32")
+    return overflows(compiled.asm["ttir"], BOUNDS, variant.grid)
+
+
+def _compiled(target: str, variant: Variant, strides: str) -> Any:
+    kernel = variant.kernel
+    signature = {name: variant.type_of(name) for name in kernel.arg_names}
+    signature |= {
+        name: strides for name in signature if name.startswith("stride") and signature[name] == "i64"
+    }
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in variant.constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    options = {
+        "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return compile_kernel(source, target=TARGETS[target], options=options)
+
+
+def _examine(targets: list[str], number: int) -> tuple[list[Usage], list[str]]:
+    """Usage by target and narrow offsets; by number, since kernels cannot be sent to another process."""
+    variant = variants()[number]
+    return [usage(target, variant) for target in targets], narrow_offsets(variant)
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, int]:
@@ -135,22 +197,25 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = [(target, variant) for target in arguments.targets for variant in variants()]
     with ProcessPoolExecutor(arguments.processes) as pool:
-        results = list(pool.map(usage, jobs))
-    table = Table(title=f"Triton {triton.__version__}, {rows.WARPS} warps: registers a thread")
+        groups = list(pool.map(partial(_examine, arguments.targets), range(len(variants()))))
+    table = Table(title=f"Triton {triton.__version__}: registers a thread, KiB of shared memory")
     table.add_column("kernel")
     for target in arguments.targets:
         table.add_column(target, justify="right")
-    for variant in variants():
-        cells = [str(result.registers) for result in results if result.variant == variant]
-        table.add_row(variant.label, *cells)
+    for found, _ in groups:
+        table.add_row(found[0].label, *(f"{x.registers:3d} {x.shared / 1024:5.1f}" for x in found))
     Console(width=100).print(table)
-    bad = [result for result in results if not result.good]
-    for result in bad:
-        print(f"FAILED {result}")
+    results = [x for found, _ in groups for x in found]
+    bad = [x for x in results if not x.good]
+    narrow = {found[0].label: offsets for found, offsets in groups if offsets}
+    for x in bad:
+        print(f"FAILED {x}")
+    for label, offsets in narrow.items():
+        print(f"FAILED {label}: offsets that can leave int32:", *offsets, sep="\n  ")
     print(f"{len(results) - len(bad)} of {len(results)} variants without stack, spills or float atomics")
-    sys.exit(bool(bad))
+    print(f"{len(groups) - len(narrow)} of {len(groups)} kernels without narrow offsets")
+    sys.exit(bool(bad or narrow))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The checks for a borrowed GPU, in one command: `python -m bench.gpu_check --out DIR`."""
