@@ -250,7 +250,7 @@ def markdown(measured: dict[str, Any]) -> str:
     parts += [
         "",
         "A column is live in a chunk if one of its entries exceeds eps (row scale 1). Only whole chunks "
-        f"count; tokens used by chunk rows, {rows}. Chunks of 4,096 rows need a longer recording: not measured.",
+        f"count; tokens used by chunk rows, {rows}. Chunks of 4,096 rows would need a longer recording.",
     ]
     return "\n".join(parts) + "\n"
 
