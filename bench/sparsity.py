@@ -224,7 +224,7 @@ def tables(measured: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
     live = ["chunk rows", "eps", "live columns", "live 128-column blocks", *cost[1:]]
     return [
         ("What the logits are kept as", ["logits kept as", *cost], formats),
-        ("The column filter", [*live, "dropped |dlogits|, mean of rows", "of the total"], filters),
+        ("The column filter", [*live, "dropped mass, mean of rows", "of the total"], filters),
     ]
 
 
@@ -249,7 +249,8 @@ def markdown(measured: dict[str, Any]) -> str:
     rows = ", ".join(f"{line['chunk']:,}: {line['rows']:,}" for line in measured["filter"][:: len(EXPONENTS)])
     parts += [
         "",
-        "A column is live in a chunk if one of its entries exceeds eps (row scale 1). Only whole chunks "
+        "A column is live in a chunk if one of its entries exceeds eps (row scale 1); the others' share of the "
+        "sum of |dlogits| is the dropped mass, per row or of all rows together. Only whole chunks "
         f"count; tokens used by chunk rows, {rows}. Chunks of 4,096 rows would need a longer recording.",
     ]
     return "\n".join(parts) + "\n"

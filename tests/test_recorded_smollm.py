@@ -1,4 +1,4 @@
-"""Accuracy and sparsity on hidden states of a real model: SmolLM2-135M-Instruct, recorded as the benchmark does.
+"""Accuracy and sparsity on hidden states of a real model, SmolLM2-135M-Instruct, recorded as for benchmarks.
 
 The recording is made here, not read from an earlier run, so that these tests are about the code as it is.
 """
@@ -158,9 +158,10 @@ def test_gradients_are_as_good_as_with_fp32_logits(
     ours = gradients(made.recording, dtype, partial(loss, objective=objective, backend="torch"))
     eager = gradients(made.recording, dtype, partial(fp32_logits, objective=objective))
     for name, mine, yardstick, truth in zip(("dH", "dW"), ours, eager, exact[objective], strict=True):
-        error, allowed = relative_error(mine, truth), 1.5 * relative_error(yardstick, truth)
-        print(f"{objective} {dtype} {name}: {error:.2e}, allowed {allowed:.2e}")
-        assert error <= allowed
+        error, eager_error = relative_error(mine, truth), relative_error(yardstick, truth)
+        print(f"{objective} {dtype} {name}: {error:.2e}, eager {eager_error:.2e}")
+        assert eager_error < (1e-4 if dtype == torch.float32 else 4e-3)  # else it is no yardstick
+        assert error <= 1.5 * eager_error
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +180,7 @@ def gradients(
 ) -> list[torch.Tensor]:
     """dH and dW over the first rows, of leaves of a dtype."""
     student, teacher, head = (
-        x.to(dtype) for x in (recording.student[:SLAB], recording.teacher[:SLAB], recording.head)
+        x.detach().to(dtype) for x in (recording.student[:SLAB], recording.teacher[:SLAB], recording.head)
     )
     leaves = [student.requires_grad_(), head.requires_grad_()]
     function(student, teacher, head).backward()
