@@ -249,8 +249,8 @@ def markdown(measured: dict[str, Any]) -> str:
     rows = ", ".join(f"{line['chunk']:,}: {line['rows']:,}" for line in measured["filter"][:: len(EXPONENTS)])
     parts += [
         "",
-        "A column is live in a chunk if one of its entries exceeds eps (row scale 1); the others' share of the "
-        "sum of |dlogits| is the dropped mass, per row or of all rows together. Only whole chunks "
+        "A column is live in a chunk if one of its entries exceeds eps (row scale 1); the others' share of "
+        "the sum of |dlogits| is the dropped mass, per row or of all rows together. Only whole chunks "
         f"count; tokens used by chunk rows, {rows}. Chunks of 4,096 rows would need a longer recording.",
     ]
     return "\n".join(parts) + "\n"
