@@ -10,9 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from bench.aot_ttir import overflows
-from opsd_kernels import divergences
-from opsd_kernels.backends.triton import kernels, rows
+from bench.aot_variants import BOUNDS, Variant, variants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,51 +33,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Types of the kernels' arguments by name; `*fp32` where a name is neither here nor in a variant's `types`.
-TYPES = {"V": "i32", "stride_s": "i64", "stride_t": "i64", "beta": "fp32", "tau": "fp32"}
-# Largest values of integer arguments. A stride has none.
-BOUNDS = {"V": 1 << 30}
-# Constants that tell the variants of a kernel apart.
-LABELS = ("NAME", "CLIP")
 # Offsets are the same for every target; this one has the fewest steps after TTIR.
 OFFSETS_TARGET = "gfx942"
 FLOAT_ATOMIC = re.compile(
     r"\b(atom|red)\.\S*add\S*\.(f16|bf16|f32|f64)|atomic_add_(f32|f64|pk)|atomic_pk_add"
 )
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel as a launch compiles it.
-
-    Args:
-        kernel: the `triton.jit` function.
-        constants: compile-time constants by name; those in `LABELS` tell the variants of a kernel apart.
-        types: types of arguments that `TYPES` does not have or has otherwise, as `{"dz": "*bf16"}`.
-        num_warps: of a program.
-        num_stages: of its pipelined loops.
-        grid: number of programs on each axis at most, None where it is not bounded.
-    """
-
-    kernel: Any
-    constants: dict[str, Any]
-    types: dict[str, str] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 3
-    grid: tuple[int | None, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """Name and what distinguishes it."""
-        chosen = [str(value) for key, value in self.constants.items() if key in LABELS]
-        others = [kind.removeprefix("*") for kind in self.types.values()]
-        return " ".join([self.kernel.__name__.removesuffix("_kernel"), *chosen, *others])
-
-    def type_of(self, argument: str) -> str:
-        """Triton's name of an argument's type."""
-        if argument in self.constants:
-            return "constexpr"
-        return self.types.get(argument, TYPES.get(argument, "*fp32"))
 
 
 @dataclass(frozen=True)
@@ -101,31 +59,6 @@ class Usage:
         return not wrong and self.shared <= SHARED_LIMIT[self.target]
 
 
-def row_variants() -> list[Variant]:
-    """Every row kernel with every divergence and clip that a launch can ask for."""
-    common: dict[str, Any] = {"num_warps": rows.WARPS, "grid": (None, rows.SPLITS)}
-    sizes = {"SPLITS": rows.SPLITS, "BLOCK": rows.BLOCK}
-    found = [Variant(kernels.normaliser_kernel, sizes, **common)]
-    for name, divergence in divergences.table().items():
-        entry = {"NAME": name, "MIXTURE": divergence.uses_mixture}
-        for clip in ("none", "zero", "scale"):
-            constants = {**entry, "CLIP": clip, **sizes}
-            for kernel in (kernels.loss_kernel, kernels.gradient_kernel):
-                found.append(Variant(kernel, constants, **common))
-        constants = {**entry, **sizes, "BLOCK": rows.STATS_BLOCK}
-        found.append(Variant(kernels.stats_kernel, constants, **common))
-    return found
-
-
-# One function per module of kernels. A new module: a function here, its argument types in `Variant.types`.
-SOURCES: tuple[Callable[[], list[Variant]], ...] = (row_variants,)
-
-
-def variants() -> list[Variant]:
-    """Those of all modules."""
-    return [variant for source in SOURCES for variant in source()]
-
-
 def usage(target: str, variant: Variant) -> Usage:
     """Compiles a variant for a target and reads what it takes."""
     compiled = _compiled(target, variant, strides="i64")
@@ -141,7 +74,7 @@ def narrow_offsets(variant: Variant) -> list[str]:
     A launch passes a stride below 2^31 as int32, and then it is the kernel that has to widen: so strides are
     int32 here, where those of `usage` are int64, which takes the most registers.
     """
-    compiled = _compiled(OFFSETS_TARGET, variant, strides="i32")
+    compiled = _compiled(variant.target or OFFSETS_TARGET, variant, strides="i32")
     return overflows(compiled.asm["ttir"], BOUNDS, variant.grid)
 
 
@@ -152,7 +85,8 @@ def _compiled(target: str, variant: Variant, strides: str) -> Any:
         name: strides for name in signature if name.startswith("stride") and signature[name] == "i64"
     }
     constexprs = {(kernel.arg_names.index(name),): value for name, value in variant.constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=known)
     options = {
         "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
@@ -162,7 +96,8 @@ def _compiled(target: str, variant: Variant, strides: str) -> Any:
 def _examine(targets: list[str], number: int) -> tuple[list[Usage], list[str]]:
     """Usage by target and narrow offsets; by number, since kernels cannot be sent to another process."""
     variant = variants()[number]
-    return [usage(target, variant) for target in targets], narrow_offsets(variant)
+    asked = [target for target in targets if variant.target in (None, target)]
+    return [usage(target, variant) for target in asked], narrow_offsets(variant) if asked else []
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, int]:
@@ -204,7 +139,9 @@ def main() -> None:
     for target in arguments.targets:
         table.add_column(target, justify="right")
     for found, _ in groups:
-        table.add_row(found[0].label, *(f"{x.registers:3d} {x.shared / 1024:5.1f}" for x in found))
+        by_target = {x.target: f"{x.registers:3d} {x.shared / 1024:5.1f}" for x in found}
+        if found:
+            table.add_row(found[0].label, *(by_target.get(target, "") for target in arguments.targets))
     Console(width=100).print(table)
     results = [x for found, _ in groups for x in found]
     bad = [x for x in results if not x.good]

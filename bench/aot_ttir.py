@@ -81,7 +81,7 @@ def overflows(ttir: str, bounds: Mapping[str, int], grid: tuple[int | None, ...]
 
     Args:
         ttir: `compiled.asm["ttir"]`.
-        bounds: largest value of integer arguments, by name; they are not negative.
+        bounds: largest value of integer arguments, by name; the least is 1, nothing empty is launched.
         grid: number of programs on each axis at most, None where it is not bounded.
     """
     found: list[str] = []
@@ -89,7 +89,7 @@ def overflows(ttir: str, bounds: Mapping[str, int], grid: tuple[int | None, ...]
         if operation.name == "tt.func":
             walk = _Walk(grid, found)
             for name, kind in re.findall(r"%([\w.$-]+): (i\d+)", operation.text):
-                known = Range(0, bounds[name]) if name in bounds else Range.of_type(kind)
+                known = Range(1, bounds[name]) if name in bounds else Range.of_type(kind)
                 walk.values[f"%{name}"] = known
             walk.block(operation.regions[0])
     return list(dict.fromkeys(found))

@@ -187,7 +187,7 @@ def strides(f: Feature) -> None:
     case = f.hidden()
     student, teacher = hidden_sources(case)
     head = student.weight.T.contiguous().T
-    gap = torch.empty(f.rows, 3, student.hidden.shape[1], dtype=f.dtype, device=student.device)
+    gap = torch.empty(f.rows, 3, student.hidden.shape[1], dtype=f.dtype, device=head.device)
     gap[:, 1] = student.hidden
     expanded = teacher.hidden[:1].expand(f.rows, -1)
     odd = replace(case, student=Hidden(gap[:, 1], head), teacher=Hidden(expanded, head))

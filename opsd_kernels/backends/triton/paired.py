@@ -42,7 +42,7 @@ def _place(rows, V, BLOCK_M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constex
     program = tl.program_id(0)
     first = program // (GROUP * tiles) * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
-    inside = program - first * tiles
+    inside = program % (GROUP * tiles)
     return first + inside % height, inside // height
 
 

@@ -11,8 +11,8 @@ class Tiles:
     """Launch constants of the row kernels.
 
     Args:
-        block: columns that a program holds at once. 4,096 of two fp32 rows over 8 warps are 16 values a
-            thread each: no target spills.
+        block: columns that a program holds at once. 4,096 of two fp32 rows over 16 warps are 8 values a
+            thread each: 40 to 60 registers, and no target spills (with 8 warps some do).
         stats_block: the same of the statistics kernel, which keeps twice as much per entry.
         splits: programs that share a row, so that few rows occupy the device at a time.
         warps: of 32 threads (64 on AMD).
@@ -23,7 +23,7 @@ class Tiles:
     block: int = 4096
     stats_block: int = 2048
     splits: int = 4
-    warps: int = 8
+    warps: int = 16
     filter_rows: int = 32
     filter_block: int = 256
 
