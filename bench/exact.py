@@ -1,6 +1,7 @@
 """Is it the same loss, and how exact are its gradients? Against the reference in fp64."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -81,42 +82,34 @@ def _norm(tensor: torch.Tensor) -> float:
     return sum(squares) ** 0.5
 
 
-def semantics_problem(case: Case, dtype: str) -> tuple[Case, Inputs]:
-    """A small problem of the case's objective and options on which other losses differ by far.
-
-    The student is flatter than the teacher, so that the two directions of KL differ.
-    """
-    small = replace(
-        case,
-        rows=48,
-        vocab=512,
-        hidden=64,
-        dtype=dtype,
-        masked=0.5 if case.masked else 0.0,
-        gap=1.0,
-        recorded=None,
-    )
-    inputs = Inputs.of(small)
-    with torch.no_grad():
-        inputs.student.mul_(0.7)
-    return small, inputs
-
-
 def semantics(contender: Contender, case: Case) -> Errors:
-    """Errors of a contender on the semantics problem, in fp32, or in the case's dtype if it refuses fp32.
+    """Errors of a contender on a small problem of the case's objective and options.
+
+    In fp32, where an error is no rounding, or in the case's dtype if the contender refuses fp32. The student
+    is flatter than the teacher, so that the two directions of KL differ by far.
 
     Raises:
         Exception: whatever the contender raises in the case's own dtype.
     """
-    for dtype in dict.fromkeys(("float32", case.dtype)):
-        small, inputs = semantics_problem(case, dtype)
+    masked = 0.5 if case.masked else 0.0
+    small = replace(case, rows=48, vocab=512, hidden=64, gap=1.0, masked=masked, recorded=None)
+    return _semantics(contender, small)
+
+
+@cache
+def _semantics(contender: Contender, small: Case) -> Errors:
+    for dtype in dict.fromkeys(("float32", small.dtype)):
+        problem = replace(small, dtype=dtype)
+        inputs = Inputs.of(problem)
+        with torch.no_grad():
+            inputs.student.mul_(0.7)
         try:
-            value = contender.function(inputs, small)
+            value = contender.function(inputs, problem)
         except (ValueError, TypeError):
-            if dtype == case.dtype:
+            if dtype == small.dtype:
                 raise
             continue
-        return Exact(small, inputs).errors(value, inputs)
+        return Exact(problem, inputs).errors(value, inputs)
     raise AssertionError("the case's own dtype either returns or raises")
 
 
