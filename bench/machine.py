@@ -30,7 +30,7 @@ def describe(device: str) -> dict[str, str]:
             facts[package] = "not installed"
     if device == "cuda":
         facts["cuda"] = str(torch.version.cuda or torch.version.hip)
-        facts |= _driver()
+        facts |= clocks()
     return facts
 
 
@@ -53,17 +53,13 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def _driver() -> dict[str, str]:
-    """Driver, clocks and power limit as nvidia-smi tells them; empty without it."""
-    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    command = ["nvidia-smi", "-i", str(torch.cuda.current_device())]
+def clocks() -> dict[str, str]:
+    """Driver, and the GPU's clocks, power and temperature right now, as nvidia-smi tells them; else empty."""
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        output = subprocess.run(
-            [*command, f"--query-gpu={fields}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
     return dict(zip(fields.split(","), (cell.strip() for cell in output.split(",")), strict=True))

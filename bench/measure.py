@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from bench import memory
+from bench import machine, memory
 from bench.cases import Case, Inputs
-from bench.contenders import EAGER, FLOOR, Contender
+from bench.contenders import EAGER, FLOOR, Contender, static_compilation
 from bench.exact import ACCURACY_ROWS, Errors, Exact, describe_data, semantics
-from bench.timing import Drift, Times, interleaved, warm_up
+from bench.timing import Drift, Times, interleaved, until_steady, warm_up
 
 DRIFT_ATTEMPTS = 2
 Say = Callable[[str], None]
@@ -82,6 +82,7 @@ class Group:
     results: list[Result]
     left_out: dict[str, str]
     data: dict[str, float]
+    clocks: dict[str, str] = field(default_factory=dict)
     drift: Drift | None = None
     rejected: bool = False
 
@@ -91,6 +92,7 @@ class Group:
         return {
             "case": self.case.as_dict(),
             "data": self.data,
+            "clocks": self.clocks,
             "drift": drift,
             "rejected": self.rejected,
             "left_out": self.left_out,
@@ -130,6 +132,7 @@ class _Run:
 
     def each(self, what: str, work: Callable[[Contender, Result], None]) -> None:
         """Does the work for every contender that still takes part; who fails is out, and named."""
+        memory.release()
         for name, contender in list(self.active.items()):
             self.say(f"{what}: {name}")
             try:
@@ -193,17 +196,15 @@ class _Run:
         for name, call in calls.items():
             self.say(f"warm-up: {name}")
             warm_up(call, self.case.device)
-        for _ in range(DRIFT_ATTEMPTS if self.case.device == "cuda" else 1):
-            self.say("times")
-            times, drift = interleaved(calls, FLOOR, self.settings.rounds, self.case.device)
-            if not drift.exceeds:
-                break
-        self._keep(times)
-        return drift
 
-    def _keep(self, times: dict[str, Times]) -> None:
+        def measure() -> tuple[dict[str, Times], Drift]:
+            self.say("times")
+            return interleaved(calls, FLOOR, self.settings.rounds, self.case.device)
+
+        times, drift = until_steady(measure, DRIFT_ATTEMPTS if self.case.device == "cuda" else 1)
         for name, one in times.items():
             self.results[name].seconds, self.results[name].wall_seconds = one.seconds, one.wall
+        return drift
 
     def _call(self, contender: Contender) -> Callable[[], object]:
         def call() -> None:
@@ -222,7 +223,9 @@ class _Run:
         self.each("notes", note)
 
     def memories(self) -> None:
-        """A CPU's peak memory, and the largest N."""
+        """A CPU's peak memory, and the largest N. The inputs are gone: the search has the whole device."""
+        nothing = torch.empty(0)
+        self.inputs = Inputs(nothing, nothing, nothing)
 
         def measure(contender: Contender, result: Result) -> None:
             if self.settings.memory and self.case.device == "cpu":
@@ -241,20 +244,16 @@ def run(case: Case, settings: Settings, contenders: list[Contender], say: Say = 
     Raises:
         Exception: what the floor or eager PyTorch raises, other than a lack of memory.
     """
-    # Compiled peers are timed as specialised for the case's shape, as in training with a constant shape.
-    with torch._dynamo.config.patch(
-        automatic_dynamic_shapes=False, recompile_limit=64, fail_on_recompile_limit_hit=True
-    ):
-        torch._dynamo.reset()
-        job = _Run(case, settings, contenders, say)
-        data = describe_data(case, job.inputs)
+    job = _Run(case, settings, contenders, say)
+    data = describe_data(case, job.inputs)
+    with static_compilation(job.active.values()):
         job.errors()
         job.probe()
         drift = job.times() if FLOOR in job.active else None
+        clocks = machine.clocks() if case.device == "cuda" else {}
         job.notes()
-        del job.inputs.live_states
         job.memories()
-    group = Group(case, list(job.results.values()), job.left_out, data, drift)
+    group = Group(case, list(job.results.values()), job.left_out, data, clocks, drift)
     if is_rejected(drift, case.device, settings.keep_drifted):
         _reject(group)
     for result in worse_than_eager(group.results):

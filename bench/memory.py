@@ -35,9 +35,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Gives what nobody holds back to the device."""
-    gc.collect()
+    """Gives what nobody holds back to a GPU."""
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -86,7 +86,7 @@ def _work(request: str) -> int:
     # The first call loads libraries; a compiler also has to see the shape itself.
     contender.function(inputs if contender.compiles else inputs.first_rows(8), case)
     inputs.clear_gradients()
-    release()
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")

@@ -185,7 +185,9 @@ def _bar_figure(groups: list[Group]) -> Any:
             extra = [math.nan if line["extra_bytes"] is None else line["extra_bytes"] / MIB for line in lines]
             _bars(panels[-1], lines, extra, "{:,.0f}", named=left)
             panels[-1].set_title("peak memory beyond the inputs, MiB", fontsize=9)
-        panels[0].set_ylabel(f"{group['case']['objective']}\n{_gap_text(group['case'])}", fontsize=10)
+        panels[0].set_ylabel(
+            f"{group['case']['objective']}\n{_gap_text(group['case'])}", fontsize=10, labelpad=10
+        )
     figure.suptitle(_shape_title(groups[0]["case"]), fontsize=11)
     return figure
 

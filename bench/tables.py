@@ -12,6 +12,7 @@ from bench import machine
 from bench.cases import Case
 from bench.contenders import EAGER, FLOOR
 from bench.measure import Group, Result
+from bench.memory import LARGEST
 
 TEXT = ("contender", "remarks")  # columns that are not numbers
 EXPLANATION = (
@@ -54,7 +55,7 @@ def cells(result: Result, group: Group) -> dict[str, str]:
         "extra memory": _mebibytes(result.extra_bytes),
         "memory / eager": _ratio(result.extra_bytes, eager.extra_bytes),
         "reserved": _mebibytes(result.reserved_bytes),
-        "largest N": "-" if result.largest_rows is None else f"{result.largest_rows:,}",
+        "largest N": _largest(result.largest_rows),
         "value error": "-" if result.value_error is None else f"{result.value_error:.1e}",
         "dH error": _error(result.dh_error, result.dh_cosine),
         "dW error": _error(result.dw_error, result.dw_cosine),
@@ -91,6 +92,10 @@ def comments(group: Group) -> list[str]:
         if group.drift.exceeds:
             verdict = "REJECTED, the times are left out" if group.rejected else "read times with care"
             lines[-1] += f" That is above 2 %: {verdict}."
+    if group.clocks:
+        lines.append(
+            "At the end: " + ", ".join(f"{name} {value}" for name, value in group.clocks.items()) + "."
+        )
     if group.left_out:
         lines.append("Left out: " + "; ".join(f"{n} ({why})" for n, why in group.left_out.items()) + ".")
     return lines
@@ -158,6 +163,12 @@ def _ratio(value: float | None, base: float | None) -> str:
 
 def _mebibytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.0f} MiB"
+
+
+def _largest(rows: int | None) -> str:
+    if rows is None:
+        return "-"
+    return f"{rows:,}" if rows < LARGEST else f"at least {rows:,}"
 
 
 def _error(relative: float | None, cosine: float | None) -> str:

@@ -83,6 +83,17 @@ def warm_up(call: Call, device: str) -> None:
             return
 
 
+def until_steady(
+    measure: Callable[[], tuple[dict[str, Times], Drift]], attempts: int
+) -> tuple[dict[str, Times], Drift]:
+    """The first measurement without drift, or the last of the attempts."""
+    for _ in range(attempts):
+        times, drift = measure()
+        if not drift.exceeds:
+            break
+    return times, drift
+
+
 def interleaved(
     calls: dict[str, Call], floor: str, rounds: int, device: str
 ) -> tuple[dict[str, Times], Drift]:

@@ -4,11 +4,34 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from bench import __main__ as program
+from bench import arguments, memory, plots, tables, timing
+from bench.cases import Case, Inputs
+from bench.contenders import CONTENDERS, EAGER, ENGINE, FLOOR, Contender, choose
+from bench.exact import compare, semantics
+from bench.measure import Group, Settings, is_rejected, run
+from bench.timing import Drift, Times
+from bench_samples import (
+    TINY,
+    YARDSTICKS,
+    fabricated,
+    named,
+    no_gradient,
+    spoiled,
+    without_mask,
+    wrong_gradient,
+    wrong_value,
+)
 
 ROOT = Path(__file__).parents[1]
+FAST = Settings(rounds=1, memory=False)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -16,6 +39,11 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def options(*words: str) -> list[Case]:
+    """The cases of a command line."""
+    return arguments.cases(arguments.complete(arguments.parser().parse_args([*words, "--device", "cpu"])))
 
 
 def test_quick_benchmark_writes_numbers(tmp_path: Path) -> None:
@@ -30,6 +58,263 @@ def test_quick_benchmark_writes_numbers(tmp_path: Path) -> None:
     assert 0 < ours["dh_error"] < 1e-4
     assert 0 < ours["dw_error"] < 1e-4
     assert "| opsd_kernels |" in (tmp_path / "results.md").read_text()
+    assert "fla KL (does not compute opsd)" in " ".join(result.stdout.split())
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("spoil", [wrong_value, wrong_gradient, no_gradient])
+def test_a_wrong_contender_of_ours_is_found(spoil: object, capsys: pytest.CaptureFixture[str]) -> None:
+    group = run(TINY, FAST, [*YARDSTICKS, named(ENGINE), spoiled("spoiled", spoil)])  # type: ignore[arg-type]
+    assert [result.contender for result in group.wrong] == ["spoiled"]
+    assert program._verdict([group]) == 1
+    assert "WRONG spoiled, forward_kl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", [wrong_value, wrong_gradient])
+def test_a_wrong_peer_is_marked_and_fails_nothing(spoil: object) -> None:
+    group = run(TINY, FAST, [*YARDSTICKS, spoiled("peer", spoil, ours=False)])  # type: ignore[arg-type]
+    assert not group.wrong
+    peer = group.results[-1]
+    assert peer.remarks
+    assert peer.seconds
+    assert peer.remarks[0] in tables.markdown({"device": "x"}, [group])
+
+
+def test_a_contender_that_ignores_the_mask_is_found() -> None:
+    masked = replace(TINY, masked=0.5)
+    group = run(masked, FAST, [*YARDSTICKS, named(ENGINE), Contender("all rows", without_mask, ours=True)])
+    assert [result.contender for result in group.wrong] == ["all rows"]
+    assert "another loss" in group.wrong[0].remarks[0]
+
+
+@pytest.mark.parametrize(
+    "case", [TINY, replace(TINY, masked=0.5, temperature=2.0, beta=0.1)], ids=["plain", "options"]
+)
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "opsd"])
+@pytest.mark.parametrize(
+    "contender",
+    [
+        pytest.param(one, id=one.name, marks=[pytest.mark.slow] if one.compiles else [])
+        for one in CONTENDERS
+        if not one.cuda_only and not one.optional and one.name != FLOOR
+    ],
+)
+def test_every_contender_computes_the_loss_it_says(contender: Contender, objective: str, case: Case) -> None:
+    # A redundant contender computes the same loss, so ask as if nothing were redundant.
+    case = replace(case, objective=objective)
+    reason = replace(contender, redundant=None).why_not(case)
+    if reason is not None:
+        pytest.skip(reason)
+    errors = semantics(contender, case)
+    assert errors.other_loss is None
+    assert errors.value < 1e-4
+    assert errors.dh < 1e-4
+    assert errors.dw is not None
+    assert errors.dw < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective": "reverse_kl"}, {"objective": "jsd"}, {"temperature": 1.3}, {"objective": "opsd"}],
+)
+def test_the_semantics_problem_tells_losses_apart(change: dict[str, object]) -> None:
+    def other(inputs: Inputs, case: Case) -> torch.Tensor:
+        return named(EAGER).function(inputs, replace(case, **change))  # type: ignore[arg-type]
+
+    errors = semantics(Contender("other", other), TINY)
+    assert errors.value > 0.04  # twice the tolerance
+    assert errors.other_loss is not None
+
+
+def test_what_is_missing_or_fails_is_named() -> None:
+    def refuses(inputs: Inputs, case: Case) -> torch.Tensor:
+        raise TypeError("no such option")
+
+    def breaks(inputs: Inputs, case: Case) -> torch.Tensor:
+        raise RuntimeError("kernel error")
+
+    def runs_out(inputs: Inputs, case: Case) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bad = [
+        Contender("absent", refuses, package="no_such_package"),
+        Contender("GPU alone", refuses, cuda_only=True),
+        Contender("unclipped", refuses, objectives=frozenset({"opsd"})),
+        Contender("new option", refuses, ours=True, optional=True),
+        Contender("broken peer", breaks),
+        Contender("broken", breaks, ours=True, optional=True),
+        Contender("large", runs_out),
+    ]
+    group = run(TINY, FAST, [*YARDSTICKS, *bad])
+    assert group.left_out == {
+        "absent": "the package no_such_package is not installed",
+        "GPU alone": "cannot run on a CPU",
+        "unclipped": "does not compute forward_kl",
+        "new option": "not available here: TypeError: no such option",
+        "broken peer": "failed: RuntimeError: kernel error",
+    }
+    assert [result.contender for result in group.wrong] == ["broken"]
+    assert group.results[-1].remarks == ["out of memory"]
+    text = tables.markdown({"device": "x"}, [group])
+    assert "absent (the package no_such_package is not installed)" in text
+    assert "FAILED: RuntimeError: kernel error" in text
+
+
+def test_contenders_alternate_and_the_floor_frames_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    made_up = iter([1.0, 1.0, *[1.0] * 8, 1.05, 1.05])
+
+    class Watch:
+        def __init__(self, device: str) -> None:
+            pass
+
+        def __call__(self, call: object, times: Times) -> None:
+            call()  # type: ignore[operator]
+            times.seconds.append(next(made_up))
+
+    monkeypatch.setattr(timing, "Stopwatch", Watch)
+    calls = {name: lambda name=name: called.append(name) for name in "fab"}
+    calls["c"] = lambda: called.append("c")
+    times, drift = timing.interleaved(calls, "f", 1, "cpu")  # type: ignore[arg-type]
+    assert "".join(called) == "ff" + "fabccbaf" + "ff"
+    assert {name: len(one.seconds) for name, one in times.items()} == dict.fromkeys("fabc", 2)
+    assert drift.share == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("drift", "device", "keep", "rejected"),
+    [
+        (0.03, "cuda", False, True),
+        (-0.03, "cuda", False, True),
+        (float("nan"), "cuda", False, True),
+        (0.019, "cuda", False, False),
+        (0.03, "cuda", True, False),
+        (0.5, "cpu", False, False),
+    ],
+)
+def test_a_gpu_that_drifted_is_rejected(drift: float, device: str, keep: bool, rejected: bool) -> None:
+    assert is_rejected(Drift(1.0, 1.0 + drift), device, keep) is rejected
+
+
+def test_a_drifting_machine_gets_a_second_chance() -> None:
+    drifts = [Drift(1.0, 1.1), Drift(1.0, 1.01), Drift(1.0, 1.0)]
+    measured = iter([({"n": Times([float(i)])}, drift) for i, drift in enumerate(drifts)])
+    times, drift = timing.until_steady(lambda: next(measured), 2)
+    assert (times["n"].seconds, drift) == ([1.0], drifts[1])
+    measured = iter([({}, Drift(1.0, 1.1)), ({}, Drift(1.0, 1.2))])
+    assert timing.until_steady(lambda: next(measured), 2)[1].after == 1.2
+
+
+def test_a_rejected_case_is_told_and_drift_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    group = fabricated(drift=0.04, rejected=True)
+    assert program._verdict([fabricated(), group]) == 3
+    assert "drifted by +4.0%" in capsys.readouterr().out
+    assert "above 2 %: REJECTED" in tables.markdown({"device": "x"}, [group])
+    assert "read times with care" in tables.markdown({"device": "x"}, [fabricated(drift=0.04)])
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk = tmp_path / "results.json"
+
+    def measured(case: Case, *rest: object) -> Group:
+        if case.objective == "jsd":  # the case before is there already: a kill would not have lost it
+            assert len(json.loads(on_disk.read_text())["groups"]) == 1
+            raise KeyboardInterrupt
+        return fabricated(case)
+
+    monkeypatch.setattr(program, "run", measured)
+    command = ["--quick", "--device", "cpu", "--objectives", "opsd", "jsd", "--out", str(tmp_path)]
+    assert program.main(command) == 130
+    (group,) = json.loads(on_disk.read_text())["groups"]
+    assert group["case"]["objective"] == "opsd"
+    assert "## opsd" in (tmp_path / "results.md").read_text()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png", ".png"]
+
+
+def test_compare_knows_length_from_direction() -> None:
+    exact = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error, cosine = compare(1.1 * exact, exact)
+    assert error == pytest.approx(0.1)
+    assert cosine < 1e-15
+    error, cosine = compare(-exact, exact)
+    assert (error, cosine) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert compare(None, exact)[0] != compare(None, exact)[0]  # NaN, which no bound holds
+
+
+@pytest.mark.parametrize("limit", [100, 256, 257, 1000, 5000, 70_000, 10**9])
+def test_the_search_finds_the_largest_n(limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(rows: int) -> bool:
+        asked.append(rows)
+        return rows <= limit
+
+    found = memory.search(fits)
+    assert len(asked) < 20
+    if limit < memory.SMALLEST:
+        assert found == 0
+    else:
+        bound = min(limit, memory.LARGEST)
+        assert bound * (1 - 1 / memory.PRECISION) - 1 <= found <= bound
+
+
+@pytest.mark.slow
+def test_a_memory_limit_is_found_on_a_cpu() -> None:
+    case = replace(TINY, vocab=65536)
+    limit = 2**30
+    assert memory._fits_process(named(EAGER), case, limit)
+    assert not memory._fits_process(named(EAGER), replace(case, rows=2048), limit)
+
+
+def test_data_are_what_they_say() -> None:
+    inputs = Inputs.of(replace(TINY, rows=400, vocab=2000, hidden=64, gap=0.1, masked=0.25))
+    z_s, z_t = ((x @ inputs.head.T).detach() for x in (inputs.student, inputs.teacher))
+    assert float((z_s - z_t).std()) == pytest.approx(0.1, rel=0.05)
+    assert float(z_t.std()) == pytest.approx(7.5, rel=0.05)
+    assert inputs.count == 300
+    assert bool(inputs.mask[0])  # type: ignore[index]
+
+
+def test_recorded_states_are_measured_on_their_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> SimpleNamespace:
+        assert path == Path("states.safetensors")
+        states = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+        return SimpleNamespace(student=states[0], teacher=states[1], head=torch.randn(96, 8).bfloat16())
+
+    monkeypatch.setitem(sys.modules, "bench.recorded", SimpleNamespace(load=load))  # type: ignore[arg-type]
+    (case,) = options("--recorded", "states.safetensors", "--rows", "30", "--objectives", "jsd")
+    assert (case.rows, case.vocab, case.hidden, case.dtype) == (30, 96, 8, "bfloat16")
+    assert Inputs.of(case).student.shape == (30, 8)
+    assert "recorded in states.safetensors" in tables.title(case)
+    with pytest.raises(ValueError, match="at most the 40"):
+        options("--recorded", "states.safetensors", "--rows", "50")
+
+
+def test_presets_hold_the_shapes_of_the_goals() -> None:
+    goals = options("--preset", "goals")
+    shapes = {(case.rows, case.vocab, case.hidden, case.dtype) for case in goals}
+    assert shapes == {(16384, 151936, hidden, "bfloat16") for hidden in (1024, 2048, 4096, 8192)}
+    assert {case.gap for case in goals} == {1.0, 0.1}
+    assert sum(not case.trainable_head for case in goals) == 4
+    assert sum(case.masked == 0.5 for case in goals) == 4
+    (one,) = options("--quick", "--objectives", "jsd", "--rows", "64")
+    assert (one.rows, one.vocab, one.objective) == (64, 8192, "jsd")
+    with pytest.raises(ValueError, match="--memory-limit"):
+        options("--largest-n")
+
+
+def test_the_yardsticks_are_always_there() -> None:
+    names = [contender.name for contender in choose(["trl"])]
+    assert names == [FLOOR, EAGER, "TRL chunked divergence", "TRL chunked divergence, 16384 rows"]
+    assert not any(contender.compiles for contender in choose([], compiled=False))
+
+
+def test_plots_of_several_objectives_and_gaps(tmp_path: Path) -> None:
+    cases = [replace(TINY, objective=name, gap=gap) for name in ("jsd", "opsd") for gap in (1.0, 0.1)]
+    groups = [fabricated(case).as_dict() for case in cases] + [fabricated(replace(TINY, rows=64)).as_dict()]
+    written = plots.draw(groups, tmp_path)
+    assert len(written) == 4
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 @pytest.mark.slow

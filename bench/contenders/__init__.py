@@ -1,14 +1,14 @@
 """What is compared: one list. Each contender computes the mean loss and fills `.grad` of the leaves."""
 
 from bench.contenders.base import Contender
-from bench.contenders.compiled import COMPILED
+from bench.contenders.compiled import COMPILED, static_compilation
 from bench.contenders.ours import ENGINE, OURS
 from bench.contenders.peers import PEERS
 from bench.contenders.plain import EAGER, FLOOR, PLAIN
 
 CONTENDERS: tuple[Contender, ...] = (*PLAIN, *COMPILED, *PEERS, *OURS)
 
-__all__ = ["CONTENDERS", "EAGER", "ENGINE", "FLOOR", "Contender", "choose"]
+__all__ = ["CONTENDERS", "EAGER", "ENGINE", "FLOOR", "Contender", "choose", "static_compilation"]
 
 
 def choose(words: list[str], *, compiled: bool = True) -> list[Contender]:

@@ -1,7 +1,8 @@
 """PyTorch with torch.compile: the full loss, and the strong baseline in chunks of rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
@@ -11,6 +12,25 @@ from bench.cases import Case, Inputs
 from bench.contenders.base import Contender
 
 OPSD_CLIP = 0.05
+
+
+@contextmanager
+def static_compilation(contenders: Iterable[Contender]) -> Iterator[None]:
+    """Starts torch.compile afresh and lets it specialise for every shape, as in training at one shape.
+
+    By default a second shape of a run would turn the compiled peers into slower code for any shape. Without
+    compiled contenders it does nothing, and does not wait for the compiler's import.
+    """
+    if not any(contender.compiles for contender in contenders):
+        yield
+        return
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=64, fail_on_recompile_limit_hit=True
+    ):
+        yield
 
 
 def row_loss(

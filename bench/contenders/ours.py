@@ -46,17 +46,16 @@ def engine_rows(inputs: Inputs, case: Case) -> torch.Tensor:
 
 
 def _dropped_share(inputs: Inputs, case: Case) -> str:
-    """What the filter left out of the gradient."""
-    with torch.no_grad():
-        result = engine.loss_and_stats(
-            inputs.student,
-            inputs.teacher,
-            inputs.head,
-            objective=case.loss_objective,
-            mask=inputs.mask,
-            temperature=case.temperature,
-            grad_filter=GRAD_FILTER,
-        )
+    """What the filter left out of the gradient. It is only known where a gradient is computed."""
+    result = engine.loss_and_stats(
+        inputs.student,
+        inputs.teacher,
+        inputs.head,
+        objective=case.loss_objective,
+        mask=inputs.mask,
+        temperature=case.temperature,
+        grad_filter=GRAD_FILTER,
+    )
     share = result.stats.dropped_share[inputs.live_rows].mean()
     return f"filter drops {float(share):.2%} of |dz|"
 
