@@ -138,16 +138,20 @@ class _Run:
             try:
                 work(contender, self.results[name])
             except Exception as error:
-                if name in (FLOOR, EAGER) and not memory.is_out_of_memory(error):
-                    raise
-                self._drop(contender, error)
+                self._drop(contender, error, what)
             self.inputs.clear_gradients()
             memory.release()
 
-    def _drop(self, contender: Contender, error: Exception) -> None:
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        del self.active[contender.name]
+    def _drop(self, contender: Contender, error: Exception, what: str) -> None:
+        message = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
         result = self.results[contender.name]
+        if result.seconds:  # its times stand
+            result.failed = contender.ours and not memory.is_out_of_memory(error)
+            result.remarks.append(f"{what}: {message}")
+            return
+        if contender.name in (FLOOR, EAGER) and not memory.is_out_of_memory(error):
+            raise error
+        del self.active[contender.name]
         if memory.is_out_of_memory(error):
             result.remarks.append("out of memory")
         elif contender.optional and isinstance(error, ValueError | TypeError):

@@ -63,15 +63,21 @@ def peak_on_cpu(contender: Contender, case: Case) -> Memory | None:
     """
     if not Path("/proc/self/clear_refs").exists() or contender not in CONTENDERS:
         return None
-    output = _worker(contender, case, None)
-    output.check_returncode()
-    return Memory(int(output.stdout.split()[-1]))
+    result = _worker(contender, case, None)
+    if result.returncode != 0:
+        raise _error(result)
+    return Memory(int(result.stdout.split()[-1]))
 
 
 def _worker(contender: Contender, case: Case, limit: int | None) -> subprocess.CompletedProcess[str]:
     request = json.dumps({"name": contender.name, "case": case.as_dict(), "limit": limit})
     command = [sys.executable, "-m", "bench.memory", request]
     return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def _error(result: subprocess.CompletedProcess[str]) -> RuntimeError:
+    last = result.stderr.strip().split("\n")[-1]
+    return RuntimeError(f"the process ended with code {result.returncode}: {last}")
 
 
 def _work(request: str) -> int:
@@ -141,8 +147,8 @@ def _fits_gpu(contender: Contender, case: Case) -> bool:
 def _fits_process(contender: Contender, case: Case, limit: int) -> bool:
     result = _worker(contender, case, limit)
     # A library that cannot bear a failed allocation aborts: a negative code.
-    if result.returncode > 0 and not is_out_of_memory(RuntimeError(result.stderr)):
-        raise RuntimeError(f"{contender.name}: {result.stderr.strip().splitlines()[-1]}")
+    if result.returncode > 0 and not is_out_of_memory(_error(result)):
+        raise _error(result)
     return result.returncode == 0
 
 

@@ -19,8 +19,9 @@ from bench.contenders import EAGER, FLOOR
 Group = dict[str, Any]  # as in results.json
 Line = dict[str, Any]
 
+OURS = "opsd_kernels"
 COLOURS = {  # by how the name starts; a contender's place among its family decides its marker
-    "opsd_kernels": "#0b5fa5",
+    OURS: "#0b5fa5",
     "eager": "#555555",
     "torch.compile": "#9a9a9a",
     "Liger": "#d9730d",
@@ -83,7 +84,16 @@ def _styles(groups: list[Group]) -> dict[str, dict[str, Any]]:
     for name in names:
         start = next((start for start in COLOURS if name.startswith(start)), None)
         if start is not None:
-            styles[name] = {"color": COLOURS[start], "marker": next(counters[start])}
+            # Peers are hollow and lie above ours, so that equal results all show.
+            hollow = start != OURS
+            styles[name] = {
+                "color": COLOURS[start],
+                "marker": next(counters[start]),
+                "markerfacecolor": "none" if hollow else COLOURS[start],
+                "markeredgewidth": 1.6,
+                "markersize": 8 if hollow else 6,
+                "zorder": 4 if hollow else 3,
+            }
     return styles
 
 
@@ -141,13 +151,13 @@ def _error_panel(axis: Axes, group: Group, styles: dict[str, dict[str, Any]]) ->
         x, y = _gradient_error(line), _median(line) / floor
         if style is None or not (math.isfinite(x) and math.isfinite(y) and x > 0):
             continue
-        axis.plot(x, y, linestyle="", markersize=7, alpha=0.85, markeredgecolor="white", **style)
+        axis.plot(x, y, linestyle="", **style)
         if line["contender"] == EAGER:
             axis.axvline(2 * x, **LIMIT)
     axis.axhline(1, color="black", linewidth=0.8)
     for subset in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         subset(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 5, 7)))
     axis.xaxis.set_minor_formatter(NullFormatter())
     low, high = axis.get_xlim()
     if high < 30 * low:  # a range with fewer than two powers of ten would have no labels
