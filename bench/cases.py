@@ -13,6 +13,7 @@ from opsd_kernels import Objective
 # Standard deviation of the logits: at vocabularies of 32k to 256k it gives a mean entropy of 1.4 to 2 nats,
 # like a language model. torch.rand or an independent teacher would hide the accuracy problem.
 LOGIT_STD = 7.5
+FLOOR_MEMORY_SHARE = 0.6  # of the free memory, for the buffer of the bare matrix products
 IGNORED = -100  # the label that PyTorch and the peers give to a row that does not count
 
 
@@ -145,6 +146,19 @@ class Inputs:
         if self.mask is None:
             return student, self.teacher
         return student[self.live_rows], self.teacher[self.live_rows]
+
+    @cached_property
+    def floor_pieces(self) -> int:
+        """In how many pieces of rows the floor's `[N, V]` buffer fits the device: 1 but for very many rows.
+
+        Asked once, because asking a GPU takes time that is not the floor's.
+        """
+        if self.student.device.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        needed = self.count * len(self.head) * self.head.element_size()
+        return max(1, -(-needed // int(FLOOR_MEMORY_SHARE * free)))
 
     @cached_property
     def labels(self) -> torch.Tensor:

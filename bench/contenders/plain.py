@@ -11,19 +11,6 @@ from opsd_kernels.testing import eager_loss
 
 FLOOR = "bare matrix products"
 EAGER = "eager PyTorch, full logits"
-# Above this share of the free memory the floor's products run over pieces of the rows.
-FLOOR_MEMORY_SHARE = 0.6
-
-
-def floor_pieces(inputs: Inputs) -> int:
-    """In how many pieces of rows the floor's `[N, V]` buffer fits the device: 1 but for very many rows."""
-    student, _ = inputs.live_states
-    if student.device.type != "cuda":
-        return 1
-    free, _ = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    needed = len(student) * len(inputs.head) * student.element_size()
-    return max(1, -(-needed // int(FLOOR_MEMORY_SHARE * free)))
 
 
 @torch.no_grad()
@@ -34,8 +21,8 @@ def floor(inputs: Inputs, case: Case) -> torch.Tensor:
     and stands for their gradient.
     """
     head = inputs.head.detach()
-    pieces = floor_pieces(inputs)
-    for student, teacher in zip(*(states.chunk(pieces) for states in inputs.live_states), strict=True):
+    chunks = (states.chunk(inputs.floor_pieces) for states in inputs.live_states)
+    for student, teacher in zip(*chunks, strict=True):
         z = torch.mm(teacher, head.T)
         torch.mm(student, head.T, out=z)
         torch.mm(z, head)
