@@ -1,64 +1,89 @@
-"""`python -m bench`: time, peak memory and gradient error of the loss beside plain PyTorch.
+"""`python -m bench`: time, peak memory and gradient error of the loss beside its peers.
 
 Contenders run in one process, interleaved (ABBA) with the bare matrix products that bound the time from
-below; ratios are to be read, not seconds. Memory is measured in a process per contender. Results go to the
-screen and, with --out, to JSON and Markdown. A contender whose gradient is less accurate than twice eager
-PyTorch's is named, and the exit code is 1.
+below; ratios are to be read, not seconds. On a CPU memory is measured in a process per contender. Results go
+to the screen and, with --out, after every case to JSON and Markdown, at the end to plots.
+
+A contender of this project that computes another loss, or whose gradient errs by more than twice eager
+PyTorch's, is named as WRONG, and the exit code is 1. Peers are only marked. A case during which a GPU's bare
+matrix products changed by more than 2 % is measured again; if it drifts again its times are rejected, and the
+exit code is 3. A CPU is often shared, so there drift is printed and stored, and is a warning.
 """
 
-import argparse
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from bench.cases import Case
-from bench.measure import Result, run, worse_than_eager
-from bench.tables import show, write
+from rich.console import Console
+from rich.status import Status
+
+from bench import arguments as options
+from bench import machine, plots, tables
+from bench.contenders import choose
+from bench.measure import Group, run
+
+WRONG, REJECTED, INTERRUPTED = 1, 3, 130
 
 
-def main() -> None:
-    """Parses the command line, measures, prints."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=2048, help="tokens N")
-    parser.add_argument("--vocab", type=int, default=49152, help="vocabulary V")
-    parser.add_argument("--hidden", type=int, default=576, help="hidden width H")
-    parser.add_argument("--gap", type=float, default=1.0, help="std of student minus teacher logits")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--frozen-head", action="store_true", help="the head needs no gradient (LoRA)")
-    parser.add_argument(
-        "--objectives",
-        nargs="+",
-        default=["opsd", "forward_kl", "reverse_kl", "jsd"],
-        help="names to measure",
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="ABBA rounds, two timed calls each")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds at a small shape")
-    parser.add_argument("--out", type=Path, help="folder for results.json and results.md")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.rows, arguments.vocab, arguments.hidden, arguments.repeats = 256, 8192, 256, 1
-    cases = [
-        Case(
-            rows=arguments.rows,
-            vocab=arguments.vocab,
-            hidden=arguments.hidden,
-            gap=arguments.gap,
-            objective=objective,
-            dtype=arguments.dtype,
-            trainable_head=not arguments.frozen_head,
-        )
-        for objective in arguments.objectives
-    ]
-    results: list[list[Result]] = []
-    for case in cases:
-        results.append(run(case, arguments.repeats))
-        show(case, results[-1])
-    if arguments.out is not None:
-        write(arguments.out, cases, results)
-    wrong = [result for group in results for result in worse_than_eager(group)]
-    for result in wrong:
-        print(f"WRONG {result.contender}, {result.objective}: more than twice eager's gradient error")
-    sys.exit(bool(wrong))
+def main(command: list[str] | None = None) -> int:
+    """Parses the command line, measures, prints, writes; returns the exit code."""
+    parser = options.parser()
+    try:
+        arguments = options.complete(parser.parse_args(command))
+        cases = options.cases(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    settings = options.settings(arguments)
+    contenders = choose(arguments.contenders, compiled=arguments.preset != "quick")
+    facts = machine.describe(arguments.device)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(machine.line(facts), highlight=False)
+    groups: list[Group] = []
+    try:
+        with Console(stderr=True).status("") as status:
+            for number, case in enumerate(cases, 1):
+                say = partial(_say, status, f"case {number} of {len(cases)}")
+                group = run(case, settings, contenders, say)
+                groups.append(group)
+                tables.show(group, console)
+                if arguments.out is not None:
+                    tables.write(arguments.out, facts, groups, asdict(settings))
+    except KeyboardInterrupt:
+        print(f"Interrupted: {len(groups)} of {len(cases)} cases are finished.", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        _finish(arguments.out, groups)
+    return _verdict(groups)
+
+
+def _say(status: Status, prefix: str, text: str) -> None:
+    status.update(f"{prefix}: {text}")
+
+
+def _finish(folder: Path | None, groups: list[Group]) -> None:
+    if folder is not None and groups:
+        for path in plots.draw([group.as_dict() for group in groups], folder):
+            print(f"wrote {path}")
+
+
+def _verdict(groups: list[Group]) -> int:
+    """Prints what must not be trusted; returns the exit code."""
+    code = 0
+    for group in groups:
+        if group.rejected:
+            assert group.drift is not None
+            code = REJECTED
+            print(
+                f"REJECTED {tables.title(group.case)}: the floor drifted by {group.drift.share:+.1%}. "
+                "Measure again on a quiet machine, or keep the times with --keep-drifted."
+            )
+    for group in groups:
+        for result in group.wrong:
+            code = WRONG
+            print(f"WRONG {result.contender}, {tables.title(group.case)}: {'; '.join(result.remarks)}")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
