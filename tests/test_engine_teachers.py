@@ -1,0 +1,286 @@
+"""Teachers made of several sources against their definitions in `definitions.py`.
+
+`softmax(sum a_k z_k / T)`, `sum w_k softmax(z_k / T)` and another teacher for each token: value and the
+gradients of hidden states, head and bias.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from definitions import assert_as_defined, define, exactly
+from torch import Tensor
+
+from opsd_kernels import Hidden, Logits, LogLinear, Mixture, Objective, Routed, loss, loss_and_stats, token_stats
+from opsd_kernels.backends.triton import tiles
+from opsd_kernels.testing import Case, evaluate, hidden_case
+
+LEAD, V, H = (3, 5), 37, 8
+CHUNKS_OF_4 = 2 * 4 * V * 4
+NUMBERS = torch.arange(15).reshape(LEAD)
+SIGNED = NUMBERS % 7 / 4.0 - 0.6  # -0.6 to 0.9
+SHARES = NUMBERS % 5 / 4.0  # 0 to 1, both included
+MASK = NUMBERS % 4 != 1
+WEIGHTS = NUMBERS % 3 * 0.7 - 0.3
+
+Streams = Callable[[int], Any]
+
+
+class World:
+    """A student and as many streams as asked for: with its head, with heads of their own, or as logits."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **head: Any) -> None:
+        self.student = hidden_case(LEAD, V, H, **head).to(dtype).student
+        self.dtype = dtype
+        self.head = head
+
+    def shared(self, k: int) -> Hidden:
+        noise = torch.randn(*LEAD, H, generator=torch.Generator().manual_seed(k))
+        return replace(self.student, hidden=(self.student.hidden + 0.3 * noise).to(self.dtype))
+
+    def own(self, k: int) -> Hidden:
+        return hidden_case(LEAD, V, H + k, seed=100 + k, peak=2.0, **self.head).to(self.dtype).student
+
+    def logits(self, k: int) -> Logits:
+        """Each stream excludes another column, which the student has: only for a forward KL or a JSD."""
+        z = 2 * torch.randn(*LEAD, V, generator=torch.Generator().manual_seed(200 + k))
+        z[..., k] = -torch.inf
+        return Logits(z.to(self.dtype))
+
+    def me(self) -> Hidden:
+        return self.student.with_tensors([x.detach() for x in self.student.tensors])
+
+    def teacher(self, name: str) -> Any:
+        return TEACHERS[name](self)
+
+
+TEACHERS: dict[str, Callable[[World], Any]] = {
+    "shared head": lambda w: LogLinear([(0.7, w.shared(1)), (0.9, w.shared(2))]),
+    "shared head, by logits": lambda w: LogLinear([(0.7, w.shared(1)), (0.9, w.shared(2))], mix="logits"),
+    "shared head, extrapolated": lambda w: LogLinear([(1.5, w.shared(1)), (-0.5, w.shared(2))]),
+    "shared head, per token": lambda w: LogLinear(
+        [(SIGNED, w.shared(1)), (1.2 - SIGNED, w.shared(2)), (0.1, w.shared(3))]
+    ),
+    "own heads": lambda w: LogLinear([(0.3, w.own(1)), (-0.4, w.own(2)), (0.8, w.own(3))]),
+    "own heads, per token": lambda w: LogLinear([(SIGNED.bfloat16(), w.own(1)), (SHARES.double(), w.own(2))]),
+    "logits": lambda w: LogLinear([(0.6, w.logits(1)), (-0.2, w.logits(2)), (0.5, w.own(1))]),
+    "student in a shared head": lambda w: LogLinear([(0.4, w.me()), (0.8, w.shared(1))]),
+    "student beside a head": lambda w: LogLinear([(SIGNED, w.me()), (0.8, w.own(1))]),
+    "mixture": lambda w: Mixture([(0.3, w.shared(1)), (0.2, w.own(1)), (0.5, w.logits(1))]),
+    "mixture, per token": lambda w: Mixture([(SHARES, w.logits(1)), (1 - SHARES, w.own(1))]),
+    "mixture of log-linear": lambda w: Mixture(
+        [
+            (0.25, LogLinear([(0.5, w.shared(1)), (0.7, w.shared(2))])),
+            (0.75, LogLinear([(SIGNED, w.me()), (0.6, w.own(1))])),
+        ]
+    ),
+    "routed": lambda w: Routed([w.shared(1), w.own(1), w.logits(2)], NUMBERS % 3),
+    "routed to everything": lambda w: Routed(
+        [
+            w.own(2),
+            LogLinear([(SIGNED, w.shared(1)), (0.5, w.me())]),
+            LogLinear([(SHARES, w.me()), (0.5, w.own(1))]),
+            Mixture([(SHARES, w.shared(2)), (1 - SHARES, LogLinear([(1.3, w.own(1))]))]),
+            w.logits(1),
+        ],
+        (NUMBERS * 7 % 5).to(torch.uint8),
+    ),
+}
+FEW = ("shared head, per token", "own heads", "student beside a head", "mixture", "routed to everything")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks() -> Iterator[None]:
+    saved = tiles.DEFAULT
+    tiles.DEFAULT = tiles.Tiles(block=16, stats_block=16, splits=2, filter_rows=2, filter_block=16)
+    yield
+    tiles.DEFAULT = saved
+
+
+def _case(world: World, name: str, **options: Any) -> Case:
+    options = {"objective": "forward_kl", "workspace_bytes": CHUNKS_OF_4, **options}
+    return Case(world.student, world.teacher(name), options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_value_and_gradients(name: str, reduction: str) -> None:
+    case = _case(World(bias=True, logit_scale=0.8), name, reduction=reduction, temperature=1.3)
+    assert_as_defined(case.having(objective=Objective("jsd", beta=0.3)))
+    assert_as_defined(case.having(mask=MASK, token_weight=WEIGHTS))
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 5.0}, {"bias": True, "softcap": 4.0, "logit_scale": 1.5}], ids=str)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_heads(name: str, head: dict[str, Any]) -> None:
+    """A soft-cap bends, so hidden states of a shared head must not be mixed."""
+    assert_as_defined(_case(World(**head), name, temperature=0.7))
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "objective",
+    [Objective("reverse_kl"), Objective("forward_kl", entry_clip=0.05, clip_mode="scale"), Objective("jsd", token_clip=0.2)],
+    ids=str,
+)
+def test_objectives(name: str, objective: Objective) -> None:
+    world = World()
+    # A reverse KL to a teacher without one of the student's columns is infinite.
+    world.logits = lambda k: Logits(world.own(k).hidden @ world.own(k).weight.T)  # type: ignore[method-assign]
+    assert_as_defined(_case(world, name, objective=objective))
+
+
+@pytest.mark.parametrize("rows", [[0], [14, 3, 7, 8], list(range(15)), []], ids=str)
+@pytest.mark.parametrize("name", FEW)
+def test_rows(name: str, rows: list[int]) -> None:
+    for reduction in ("mean", "none"):
+        case = _case(World(bias=True), name, rows=torch.tensor(rows, dtype=torch.int32), reduction=reduction)
+        outcome = assert_as_defined(case)
+        if not rows:
+            assert outcome.loss.abs().max() == 0
+            assert all(gradient.abs().max() == 0 for gradient in outcome.gradients.values())
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_bf16(name: str) -> None:
+    assert_as_defined(_case(World(torch.bfloat16, bias=True), name))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", FEW)
+def test_triton(name: str, reduction: str) -> None:
+    case = _case(World(bias=True), name, mask=MASK, temperature=1.3, reduction=reduction, objective="jsd")
+    assert_as_defined(case, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_fp64(name: str, backend: str) -> None:
+    """No rounding hides a wrong factor: 1e-10 of the largest element."""
+    case = _case(World(torch.float64, bias=True), name, mask=MASK, token_weight=WEIGHTS, temperature=1.3)
+    for reduction in ("mean", "none"):
+        case = case.having(reduction=reduction, workspace_bytes=3 * CHUNKS_OF_4)
+        actual, expected = evaluate(partial(loss, backend=backend), case), exactly(case)
+        # The fp64 factor tensors of a case are exact, numbers in Python are too: nothing else is rounded.
+        torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-10, atol=1e-12)
+        for field, gradient in expected.gradients.items():
+            torch.testing.assert_close(actual.gradients[field], gradient, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", FEW)
+def test_padding_is_cut(name: str, backend: str) -> None:
+    """Columns from `vocab_size` on are in no softmax of any stream, and have no gradient."""
+    case = _case(World(bias=True), name, vocab_size=V - 5)
+    outcome = assert_as_defined(case, backend=backend)
+    assert outcome.gradients["weight"][V - 5 :].abs().max() == 0
+    assert outcome.gradients["bias"][V - 5 :].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixing_hidden_states_is_mixing_logits(dtype: torch.dtype) -> None:
+    world = World(dtype, bias=True, logit_scale=0.7)
+    streams = [(SIGNED, world.shared(1)), (0.6, world.shared(2)), (-0.3, world.me())]
+    auto, by_logits = (
+        evaluate(loss, Case(world.student, LogLinear(streams, mix=mix), {"objective": "jsd"}))
+        for mix in ("auto", "logits")
+    )
+    torch.testing.assert_close(auto.loss, by_logits.loss, rtol=2e-6, atol=0)
+    for field, gradient in by_logits.gradients.items():
+        band = 1e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(auto.gradients[field], gradient, rtol=band, atol=band * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_the_student_as_its_own_teacher(backend: str) -> None:
+    """Factor 1: nothing to learn, to the last bit. Factor 2 at T is the student at T / 2."""
+    world = World(bias=True)
+    logits = Logits(torch.randn(*LEAD, V))
+    for student, same in ((world.student, world.me()), (logits, Logits(logits.z.detach()))):
+        for mix in ("auto", "logits"):
+            case = Case(student, LogLinear([(1.0, same)], mix=mix), {"objective": "jsd", "backend": backend})
+            outcome = evaluate(loss, case)
+            assert outcome.loss.abs() <= (0 if backend != "reference" else 1e-7)
+            assert all(gradient.abs().max() <= 1e-7 for gradient in outcome.gradients.values())
+            assert_as_defined(replace(case, teacher=LogLinear([(2.0, same)], mix=mix)), backend=backend)
+
+
+def test_the_student_learns_although_it_is_in_its_teacher() -> None:
+    """Its stream is a constant: no gradient flows through the teacher, whoever forgot to detach the head."""
+    world = World()
+    outcome = assert_as_defined(_case(world, "student in a shared head"))
+    head = world.student.weight.clone().requires_grad_()
+    hidden = world.student.hidden.clone().requires_grad_()
+    student = replace(world.student, weight=head, hidden=hidden)
+    me = replace(world.student, weight=head, hidden=hidden.detach())
+    other = replace(world.shared(1), weight=head)
+    value = loss(student, LogLinear([(0.4, me), (0.8, other)]), objective="forward_kl")
+    value.backward(torch.tensor(-1.5))
+    torch.testing.assert_close(head.grad, outcome.gradients["weight"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(hidden.grad, outcome.gradients["hidden"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_routed_teacher_reads_its_own_rows_alone(reduction: str, backend: str) -> None:
+    """NaN in the rows of others, masked rows and a source that nobody is sent to do no harm."""
+    world = World()
+    index = NUMBERS % 2 * 2
+    clean = [world.shared(0), world.shared(1), world.own(1)]
+    dirty = []
+    for number, source in enumerate(clean):
+        read = ((index == number) & MASK)[..., None]
+        dirty.append(replace(source, hidden=torch.where(read, source.hidden, torch.nan)))
+    options = {"objective": "jsd", "mask": MASK, "reduction": reduction, "workspace_bytes": CHUNKS_OF_4}
+    outcome = assert_as_defined(Case(world.student, Routed(dirty, index), options), backend=backend)
+    whole = assert_as_defined(Case(world.student, Routed(clean, index), options), backend=backend)
+    assert torch.equal(outcome.loss, whole.loss)
+    assert torch.equal(outcome.gradients["weight"], whole.gradients["weight"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_what_is_said_of_a_token_stays_with_it(backend: str) -> None:
+    """Routing sorts the rows; sampled tokens, statistics and weights made of them are in the callers' order."""
+    world = World()
+    ids = NUMBERS * 2
+    teacher = world.teacher("routed to everything")
+    options: dict[str, Any] = {"objective": "forward_kl", "token_ids": ids, "backend": backend, "mask": MASK}
+    stats = token_stats(world.student, teacher, **options)
+    expected = define(world.student, teacher, objective="forward_kl", mask=MASK, reduction="none")
+    torch.testing.assert_close(stats.forward_kl.double(), expected, rtol=1e-5, atol=1e-6)
+    ls, lt = (_log_probs_of(world.student, source) for source in (world.student, teacher))
+    for found, truth in ((stats.student_logprob, ls), (stats.teacher_logprob, lt)):
+        picked = truth.gather(-1, ids[..., None])[..., 0]
+        torch.testing.assert_close(found.double(), torch.where(MASK, picked, 0.0), rtol=1e-5, atol=1e-5)
+    weight = 1 + stats.student_entropy
+    assert not torch.isclose(weight[MASK][1:], weight[MASK][:-1], rtol=1e-3).all()
+    for reduction in ("sum", "none"):
+        by_function = evaluate(
+            partial(loss, token_weight=lambda s: 1 + s.student_entropy, reduction=reduction, **options),
+            Case(world.student, teacher),
+        )
+        given = partial(loss, token_weight=weight, reduction=reduction, **options)
+        by_tensor = evaluate(given, Case(world.student, teacher))
+        torch.testing.assert_close(by_function.loss, by_tensor.loss, rtol=1e-6, atol=1e-7)
+        for field, gradient in by_tensor.gradients.items():
+            torch.testing.assert_close(by_function.gradients[field], gradient, rtol=1e-5, atol=1e-6)
+
+
+def _log_probs_of(student: Any, source: Any) -> Tensor:
+    from definitions import log_probs
+
+    keep = torch.ones(LEAD, dtype=torch.bool)
+    return log_probs(source, keep, None, 1.0, torch.float64).reshape(*LEAD, V)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_statistics(name: str) -> None:
+    world = World(bias=True)
+    case = _case(world, name, mask=MASK, temperature=1.3)
+    value, stats = loss_and_stats(case.student, case.teacher, **case.options)
+    tokens = define(case.student, case.teacher, **{**case.options, "reduction": "none"})
+    torch.testing.assert_close(stats.forward_kl.double(), tokens, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(value.double(), tokens.sum() / MASK.sum(), rtol=1e-5, atol=1e-6)
