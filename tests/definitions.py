@@ -1,7 +1,7 @@
 """What a loss means, written from the mathematics over whole rows: for tests to compare with.
 
-It shares no code with the package, its own reference backend included. In fp64 it is the truth, in fp32 what
-a trainer would write and so the yardstick of `opsd_kernels.testing.assert_accurate`. Gradients are autograd's.
+It shares no code with the package, its own reference backend included. In fp64 it is the truth, in fp32 the
+yardstick of `opsd_kernels.testing.assert_accurate`: what a trainer would write. Gradients are autograd's.
 """
 
 import math

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import Recorder
 
 from opsd_kernels import loss, token_stats
 from opsd_kernels.testing import (
@@ -21,6 +20,7 @@ from opsd_kernels.testing import (
     upstream_of,
     with_gradient,
 )
+from recorder import Recorder
 
 REDUCTIONS = ("mean", "sum", "none")
 N, V, H, CHUNK = 31, 53, 7, 8  # distinct primes: a dimension tells what it is; 31 rows are 4 chunks of 8
