@@ -121,7 +121,7 @@ def clipped(x: Tensor, bound: float | None, mode: str) -> Tensor:
         return x
     if mode == "zero":
         return torch.where(x > bound, bound, x)
-    return torch.where(x > bound, x * (bound / x).detach(), x)
+    return x * torch.where(x > bound, bound / x, 1.0).detach()
 
 
 def entry_terms(ls: Tensor, lt: Tensor, objective: Objective, given: Tensor | None = None) -> Tensor:
