@@ -137,7 +137,7 @@ def test_a_row_without_entries(rest: str, divergence: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("of", "rest"), product(OWNERS, RESTS))
+@pytest.mark.parametrize(("of", "rest"), list(product(OWNERS, RESTS)))
 def test_excluded_columns(of: str, rest: str, backend: str) -> None:
     """Columns of -inf on both sides change nothing, also where K reaches into them."""
     case = logits_case(4, 9)
@@ -162,7 +162,7 @@ def test_excluded_columns(of: str, rest: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("divergence", "rest"), product(DIVERGENCES, RESTS))
+@pytest.mark.parametrize(("divergence", "rest"), list(product(DIVERGENCES, RESTS)))
 def test_ties(divergence: str, rest: str, backend: str) -> None:
     """Which of equal logits are taken is open; what is computed is the loss of one such choice, with its
     gradient, and never of more or fewer entries."""

@@ -73,7 +73,7 @@ def test_fp32(of: str, rest: str, divergence: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("of", "rest"), product(OWNERS, RESTS))
+@pytest.mark.parametrize(("of", "rest"), list(product(OWNERS, RESTS)))
 def test_logits(of: str, rest: str, reduction: str) -> None:
     objective = Objective("jsd", support=_support(of, rest))
     case = logits_case(LEAD, V).having(**_options(objective, reduction=reduction, temperature=0.7))
@@ -90,7 +90,7 @@ def _triton(case: Case, tokens: int) -> None:
         torch.testing.assert_close(actual.gradients[field].double(), gradient, rtol=0, atol=band)
 
 
-@pytest.mark.parametrize(("of", "rest"), product(OWNERS, RESTS))
+@pytest.mark.parametrize(("of", "rest"), list(product(OWNERS, RESTS)))
 def test_triton(of: str, rest: str) -> None:
     number = OWNERS.index(of) + RESTS.index(rest)
     objective = Objective(DIVERGENCES[number % 4], beta=0.3, support=_support(of, rest), **CLIPS[number % 5])
@@ -101,7 +101,7 @@ def test_triton(of: str, rest: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("of", "rest"), product(OWNERS, RESTS))
+@pytest.mark.parametrize(("of", "rest"), list(product(OWNERS, RESTS)))
 def test_statistics(of: str, rest: str, backend: str) -> None:
     """The loss is that of `loss`; the clipped share is that of the support's terms, the rest as ever."""
     case = hidden_case(LEAD, V, H, bias=True, gap=2.0)

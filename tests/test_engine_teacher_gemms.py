@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opsd_kernels import Hidden, LogLinear, Mixture, Objective, Routed, Support, loss, loss_and_stats
-from opsd_kernels.testing import Case, hidden_case, logits_case, upstream_of, with_gradient
+from opsd_kernels.testing import hidden_case, logits_case, upstream_of, with_gradient
 from recorder import Recorder
 
 N, V, H, CHUNK = 31, 53, 7, 8  # distinct primes: a dimension tells what it is; 31 rows are 4 chunks of 8
@@ -101,22 +101,17 @@ def test_each_row_reaches_one_of_the_routed_teachers(workspace: int, how: str) -
     options: dict[str, Any] = {"mask": live} if how == "mask" else {}
     if how == "rows":
         options = {"rows": live.nonzero()[:, 0]}
-    widths = [H + 1, H + 2, H + 3, H + 4, H + 5]
-    teacher = Routed([_own(k) for k in range(1, 6)], index)
+    widths = [H + k for k in range(20, 25)]
+    teacher = Routed([_own(k) for k in range(20, 25)], index)
     gemms = _gemms(teacher, workspace_bytes=workspace, **options)
-    rows = dict.fromkeys(widths, 0)
-    for left, _ in gemms:
-        if left[1] in rows:
-            rows[left[1]] += left[0]
+    rows = [sum(left[0] for left, right in gemms if right == (width, V)) for width in widths]
     sizes = torch.bincount(index[live], minlength=5).tolist()
-    assert list(rows.values()) == sizes
+    assert rows == sizes
     assert sum(sizes) == int(live.sum())
     # Through one head: the rows of the student's and of the teacher's products.
     shared = Routed([_shared(1), LogLinear([(0.5, _shared(2)), (0.6, ME)])], index % 2)
-    forward = [
-        left for left, right in _gemms(shared, workspace_bytes=workspace, **options) if right == (H, V)
-    ]
-    assert sum(left[0] for left in forward) == 2 * int(live.sum())
+    gemms = _gemms(shared, workspace_bytes=workspace, **options)
+    assert sum(left[0] for left, right in gemms if right == (H, V)) == 2 * int(live.sum())
 
 
 def test_statistics_and_loss_share_their_products() -> None:
@@ -129,14 +124,11 @@ def test_statistics_and_loss_share_their_products() -> None:
 
 def test_a_head_of_two_bytes_is_cast_once_for_all_streams() -> None:
     """Where products need fp32 operands; the copy is the largest buffer there is."""
-    case = Case(STUDENT, ME).to(torch.bfloat16)
-    student, me = case.student, case.teacher
-    streams = [(0.4, replace(me, hidden=(me.hidden + k).detach())) for k in range(3)]
-    for teacher in (
-        LogLinear(streams),
-        LogLinear(streams, mix="logits"),
-        Mixture([(1 / 3, x) for _, x in streams]),
-    ):
+    student = STUDENT.with_tensors([x.bfloat16() for x in STUDENT.tensors])
+    me = student.with_tensors([x.detach() for x in student.tensors])
+    streams = [(0.4, replace(me, hidden=me.hidden + k)) for k in range(3)]
+    mixture = Mixture([(1 / 3, stream) for _, stream in streams])
+    for teacher in (LogLinear(streams), LogLinear(streams, mix="logits"), mixture):
         for combined in (teacher, Routed([me, teacher], torch.arange(N) % 2)):
             with Recorder() as recorder:
                 loss(student, combined, workspace_bytes=FOUR_CHUNKS)
