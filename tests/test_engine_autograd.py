@@ -1,16 +1,14 @@
 """The engine as an autograd function, and what it costs: GEMMs, rows and memory as PyTorch runs them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from opsd_kernels import loss, ops, token_stats
+from opsd_kernels import loss, token_stats
 from opsd_kernels.testing import (
     Case,
     evaluate,
@@ -22,41 +20,11 @@ from opsd_kernels.testing import (
     upstream_of,
     with_gradient,
 )
+from recorder import Recorder
 
 REDUCTIONS = ("mean", "sum", "none")
 N, V, H, CHUNK = 31, 53, 7, 8  # distinct primes: a dimension tells what it is; 31 rows are 4 chunks of 8
 WORKSPACE = 2 * CHUNK * V * 4
-
-
-@dataclass
-class Recorder(TorchDispatchMode):
-    """Every operation PyTorch runs: the operand shapes of GEMMs, casts of `[V, H]`, the largest storage."""
-
-    gemms: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
-    casts: list[tuple[int, ...]] = field(default_factory=list)
-    largest: int = 0
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        operation = func.overloadpacket.__name__
-        if func.namespace == "opsd_kernels":
-            # A dispatch mode sees an operator as one; this one looks inside.
-            with self:
-                return ops.IMPLEMENTATIONS[operation][0](*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        operands = [x for x in args if isinstance(x, torch.Tensor)]
-        if operation in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "matmul", "linear"):
-            self.gemms.append(tuple(tuple(x.shape) for x in operands[-2:]))
-        if operation in ("_to_copy", "to") and result.dtype != operands[0].dtype:
-            self.casts.append(tuple(operands[0].shape))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return result
 
 
 def _run(case: Case, trained: tuple[str, ...] = ("hidden", "weight", "bias")) -> Recorder:
