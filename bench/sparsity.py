@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import commit, line
+from bench.machine import describe as machine
 from bench.recorded import Recording, load
-from bench.tables import commit, machine
 
 BLOCK = 128  # columns of a tile
 SLAB = 256  # rows whose logits are rounded at once
@@ -196,7 +197,7 @@ def measure(recording: Recording) -> dict[str, Any]:
         part = exact.first(len(exact.d) // chunk * chunk)
         filters += [asdict(filter_line(part, chunk, exponent)) for exponent in EXPONENTS]
     return {
-        "machine": machine(),
+        "machine": line(machine("cpu")),
         "commit": commit(),
         "recording": {**recording.about, "rows": len(exact.d), **describe(exact)},
         "formats": [asdict(format_line(exact, kept_as)) for kept_as in FORMATS],

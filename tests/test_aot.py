@@ -29,7 +29,7 @@ def test_every_kernel_compiles_for_every_target() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"(\d+) of \1 variants without stack, spills or float atomics", result.stdout)
     (kernels,) = re.findall(r"(\d+) of \1 kernels without narrow offsets", result.stdout)
-    assert int(kernels) >= 22
+    assert int(kernels) >= 100
 
 
 def test_a_kernel_that_spills_is_found() -> None:
@@ -37,7 +37,7 @@ def test_a_kernel_that_spills_is_found() -> None:
     program = """
 from dataclasses import replace
 from bench.aot import usage, variants
-variant = next(v for v in variants() if v.label == "gradient jsd none")
+variant = next(v for v in variants() if v.label == "gradient jsd none bf16")
 found = usage("sm_90", replace(variant, constants={**variant.constants, "BLOCK": 65536}))
 print(found.good, found.stack + found.spills > 1000)
 """
@@ -49,7 +49,8 @@ PLANTED = """
 import json
 import triton
 import triton.language as tl
-from bench.aot import Variant, narrow_offsets
+from bench.aot import narrow_offsets
+from bench.aot_variants import Variant
 
 @triton.jit
 def narrow_row(z, out, V, stride, BLOCK: tl.constexpr):

@@ -41,9 +41,11 @@ def _place(rows, V, BLOCK_M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constex
     row_blocks, tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(V, TILE)
     program = tl.program_id(0)
     first = program // (GROUP * tiles) * GROUP
-    height = tl.minimum(row_blocks - first, GROUP)
+    # Neither this maximum nor the last minimum changes anything: they let the ahead-of-time check of offsets
+    # see that columns stay within int32.
+    height = tl.maximum(tl.minimum(row_blocks - first, GROUP), 1)
     inside = program % (GROUP * tiles)
-    return first + inside % height, inside // height
+    return first + inside % height, tl.minimum(inside // height, tiles - 1)
 
 
 @triton.jit
