@@ -33,7 +33,11 @@ class Preset:
 PRESETS = {
     "quick": Preset((256,), (8192,), (256,), "float32", repeats=1, gap=(1.0,)),
     "cpu": Preset((2048,), (49152,), (576,), "float32", repeats=3),
-    "goals": Preset((16384,), (151936,), (1024, 2048, 4096, 8192), "bfloat16", repeats=15, variants=True),
+    "goals": Preset((16384,), (151936,), (4096, 1024, 2048, 8192), "bfloat16", repeats=15, variants=True),
+    # For minutes on a borrowed GPU: the reference shape first, then what else there is time for.
+    "check": Preset(
+        (16384,), (151936,), (4096, 1024, 2048, 8192), "bfloat16", repeats=3, gap=(0.1,), variants=True
+    ),
 }
 
 
@@ -126,11 +130,12 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             Case(rows, vocab, hidden, gap, dtype=arguments.dtype, **options)
             for rows, vocab, hidden, gap in shapes
         ]
-    found = [replace(base, objective=name) for base, name in product(bases, arguments.objectives)]
-    if arguments.variants:
-        firsts = [replace(b, objective=arguments.objectives[0]) for b in bases if b.gap == bases[0].gap]
-        found += [replace(case, trainable_head=False) for case in firsts]
-        found += [replace(case, masked=0.5) for case in firsts]
+    found = []
+    for base in bases:
+        group = [replace(base, objective=name) for name in arguments.objectives]
+        if arguments.variants and base.gap == bases[0].gap:
+            group += [replace(group[0], trainable_head=False), replace(group[0], masked=0.5)]
+        found += group
     return found
 
 
