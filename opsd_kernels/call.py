@@ -85,13 +85,16 @@ class Call:
         validation.check_pair(s, t)
         vocab = validation.common_vocab(s, t, options.vocab_size)
         objective = get_objective(options.objective)
-        validation.check_options(options, objective, s, vocab)
+        validation.check_options(options, objective, s, t, vocab)
         device = s.tensors[0].device
+        backend = backends.choose(options.backend, device)
+        if backend == backends.REFERENCE:
+            validation.check_reference(options)
         packed = packing.Options(
             objective=objective,
             temperature=options.temperature,
             workspace_bytes=None if options.workspace_bytes is None else int(options.workspace_bytes),
-            backend=backends.choose(options.backend, device),
+            backend=backend,
             grad_filter=options.grad_filter,
             operand=_autocast_dtype(device),
         )
@@ -148,16 +151,21 @@ class Call:
         with ops.registered(weigher) as handle:
             packed = self.packed if handle is None else replace(self.packed, weigher=handle)
             total, columns, _ = torch.ops.opsd_kernels.weighted_sum(
-                *self._inputs(packed), self.options.main_grad, wanted, with_stats
+                *self._inputs(packed), self._main_grad(), wanted, with_stats
             )
         return total, columns if with_stats else None
 
     def _token_loss(self, with_stats: bool) -> tuple[Tensor, Tensor | None]:
         """`[N]` token losses, not yet weighted."""
         tokens, _, columns = torch.ops.opsd_kernels.token_loss(
-            *self._inputs(self.packed), self.options.main_grad, with_stats
+            *self._inputs(self.packed), self._main_grad(), with_stats
         )
         return tokens, columns if with_stats else None
+
+    def _main_grad(self) -> Tensor | None:
+        """The part of it that belongs to the columns in use."""
+        main_grad = self.options.main_grad
+        return None if main_grad is None else main_grad[: self.student.vocab]
 
     def _weighted(self, tokens: Tensor, columns: Tensor | None) -> Tensor:
         """`[N]` token losses times their weights."""
@@ -167,7 +175,7 @@ class Call:
         if not isinstance(weights, Tensor):
             assert columns is not None
             with torch.no_grad():
-                weights = weights(TokenStats(*columns.unbind(1)))
+                weights = _checked_weights(weights, TokenStats(*columns.unbind(1)))
         # Whatever a dead row's weight is, NaN too, it does not count.
         return tokens * torch.where(self._live(tokens), weights.reshape(-1).to(tokens.dtype), 0.0)
 
@@ -230,7 +238,19 @@ class Call:
 
 
 def _weigher(function: Callable[[TokenStats], Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda stats: function(TokenStats(**stats)).detach()
+    return lambda stats: _checked_weights(function, TokenStats(**stats)).detach()
+
+
+def _checked_weights(function: Callable[[TokenStats], Tensor], stats: TokenStats) -> Tensor:
+    """What the caller's function makes of the statistics of some tokens."""
+    weights = function(stats)
+    expected = stats.forward_kl.shape
+    if not isinstance(weights, Tensor) or weights.shape != expected:
+        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"token_weight: expected the function to return a tensor of shape {tuple(expected)}; got {shape}"
+        )
+    return weights
 
 
 def _autocast_dtype(device: torch.device) -> str | None:

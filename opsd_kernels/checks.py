@@ -30,17 +30,13 @@ def check_rows(
         )
 
 
-def check_ids(name: str, ids: Tensor | None, mask: Tensor | None, count: int) -> None:
-    """Unmasked ids below `count`. On a CPU only: elsewhere reading them would wait for the device."""
-    if ids is None or not readable(ids):
+def check_ids(name: str, ids: Tensor | None, low: int, high: int) -> None:
+    """Ids in [low, high). On a CPU only: elsewhere reading them would wait for the device."""
+    if ids is None or not readable(ids) or ids.numel() == 0:
         return
-    if mask is not None:
-        ids = ids[mask]
-    if ids.numel() == 0:
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= count:
-        raise ValueError(f"{name}: expected ids in [0, {count}); got a range of [{low}, {high}]")
+    least, most = int(ids.min()), int(ids.max())
+    if least < low or most >= high:
+        raise ValueError(f"{name}: expected ids in [{low}, {high}); got a range of [{least}, {most}]")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -75,6 +75,8 @@ class Objective:
             raise ValueError(f"divergence: expected one of {known}; got {self.divergence!r}")
         if not _is_number(self.beta) or not 0 <= self.beta <= 1:
             raise ValueError(f"beta: expected a number in [0, 1]; got {self.beta!r}")
+        if self.support is not None and not isinstance(self.support, Support):
+            raise ValueError(f"support: expected a Support or None; got {self.support!r}")
         if self.clip_mode not in CLIP_MODES:
             raise ValueError(f"clip_mode: expected one of {', '.join(CLIP_MODES)}; got {self.clip_mode!r}")
         for name in ("entry_clip", "token_clip"):

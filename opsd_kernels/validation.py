@@ -41,9 +41,7 @@ def as_teacher(name: str, value: Any, weight: Tensor | None) -> Teacher:
     """As `as_source`, or a checked combination of sources."""
     if not isinstance(value, LogLinear | Mixture | Routed):
         return as_source(name, value, weight)
-    parts: list[Any] = list(value.sources)
-    if not parts:
-        raise ValueError(f"{name}: expected at least one source; got none")
+    parts = _streams(name, value)
     if isinstance(value, LogLinear) and value.mix not in ("auto", "logits"):
         raise ValueError(f"{name}.mix: expected 'auto' or 'logits'; got {value.mix!r}")
     for index, part in enumerate(parts):
@@ -55,11 +53,30 @@ def as_teacher(name: str, value: Any, weight: Tensor | None) -> Teacher:
         as_teacher(here, part, None)
         _check_alike(here, part, parts[0])
     if isinstance(value, Routed):
+        if value.index is None:
+            raise ValueError(f"{name}.index: expected a tensor; got None")
         check_rows(f"{name}.index", value.index, value.lead, parts[0].tensors[0].device, IDS)
-        check_ids(f"{name}.index", value.index, None, len(parts))
     else:
         _check_factors(name, value)
     return value
+
+
+def _streams(name: str, value: LogLinear | Mixture | Routed) -> list[Any]:
+    """The sources of a combined teacher, if it has any and they are given as they should be."""
+    field = "sources" if isinstance(value, Routed) else "streams"
+    given: Any = vars(value)[field]
+    if not isinstance(given, list | tuple) or not given:
+        raise ValueError(f"{name}.{field}: expected a list of at least one; got {given!r}")
+    if not isinstance(value, Routed) and any(not isinstance(x, list | tuple) or len(x) != 2 for x in given):
+        raise ValueError(f"{name}.streams: expected pairs (factor, source); got {type(given[0]).__name__}")
+    return list(value.sources)
+
+
+def check_reference(options: Any) -> None:
+    """What the definition does not do: autograd forms its gradients."""
+    for name in ("grad_filter", "main_grad"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: expected None with backend='reference'; got a value")
 
 
 def _check_alike(name: str, part: Teacher, first: Teacher) -> None:
@@ -144,7 +161,9 @@ def _parts(name: str, source: Teacher) -> Iterator[tuple[str, Source]]:
         yield from _parts(f"{name}.{field}[{index}]", part)
 
 
-def check_options(options: Any, objective: Objective, student: Source, vocab: int) -> None:
+def check_options(
+    options: Any, objective: Objective, student: Source, teacher: Teacher, vocab: int
+) -> None:
     """Everything in `LossOptions` but the objective and the vocabulary."""
     lead, device = student.lead, student.tensors[0].device
     check_rows("mask", options.mask, lead, device, (torch.bool,))
@@ -152,8 +171,10 @@ def check_options(options: Any, objective: Objective, student: Source, vocab: in
     if not callable(options.token_weight):
         check_rows("token_weight", options.token_weight, lead, device, FLOATS)
     check_rows("token_ids", options.token_ids, lead, device, IDS)
-    check_ids("token_ids", options.token_ids, options.mask, vocab)
+    check_ids("token_ids", _that_count(options.token_ids, lead, options), 0, vocab)
     _check_support_ids(options, objective, lead, device, vocab)
+    if isinstance(teacher, Routed):
+        check_ids("teacher.index", _that_count(teacher.index, lead, options), 0, len(teacher.sources))
     check_positive("temperature", options.temperature)
     check_reduction(options.reduction, options.denominator)
     if options.workspace_bytes is not None:
@@ -182,6 +203,15 @@ def check_reduction(reduction: str, denominator: Any) -> None:
         check_positive("denominator", denominator)
 
 
+def _that_count(ids: Tensor | None, lead: torch.Size, options: Any) -> Tensor | None:
+    """The ids of the tokens that count; what others have does not matter."""
+    if ids is None or not readable(ids):
+        return ids
+    if options.mask is not None:
+        return ids[options.mask]
+    return ids if options.rows is None else ids.reshape(lead.numel(), -1)[options.rows.long()]
+
+
 def _check_row_indices(rows: Any, mask: Any, lead: torch.Size, device: torch.device) -> None:
     if rows is None:
         return
@@ -191,7 +221,7 @@ def _check_row_indices(rows: Any, mask: Any, lead: torch.Size, device: torch.dev
         shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"rows: expected integer indices of shape [n]; got {shape}")
     check_device("rows", rows, device)
-    check_ids("rows", rows, None, lead.numel())
+    check_ids("rows", rows, 0, lead.numel())
     if readable(rows) and rows.unique().numel() != rows.numel():
         raise ValueError("rows: expected each index once; got some repeatedly")
 
@@ -210,10 +240,7 @@ def _check_support_ids(
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"support_ids: expected shape {(*lead, 'K')}; got {shape}")
     check_rows("support_ids", ids, torch.Size((*lead, ids.shape[-1])), device, IDS)
-    if readable(ids) and ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= vocab):
-        raise ValueError(
-            f"support_ids: expected ids in [-1, {vocab}); got a range of [{int(ids.min())}, {int(ids.max())}]"
-        )
+    check_ids("support_ids", _that_count(ids, lead, options), -1, vocab)  # -1 stands for none
 
 
 def _check_filter(options: Any, student: Source) -> None:
