@@ -27,8 +27,8 @@ from opsd_kernels.backends.triton import tiles
 from opsd_kernels.testing import Case, Outcome, evaluate
 from teacher_cases import CHUNKS_OF_4, FEW, LEAD, MASK, NUMBERS, SIGNED, TEACHERS, WEIGHTS, V, World
 
-# Rounding errors of z that the student and the teacher of eager share, where the student is one of the streams or
-# streams meet in one product, cancel in z_t - z_s: the engine has 1 to 1.5 times eager's error, up to 2.6 times.
+# Where the student is one of the streams, or streams meet in one product, rounding errors of z that eager's
+# student and teacher share cancel in z_t - z_s. The engine has 1 to 1.5 times eager's error, up to 2.6 times.
 _assert_accurate = partial(assert_as_defined, allowance=2.0)
 
 
