@@ -9,9 +9,9 @@ import torch
 from opsd_kernels import Hidden, Logits, LogLinear, Mixture, Routed
 from opsd_kernels.testing import hidden_case
 
-LEAD, V, H = (3, 5), 37, 8
+LEAD, V, H = (3, 11), 131, 24
 CHUNKS_OF_4 = 2 * 4 * V * 4
-NUMBERS = torch.arange(15).reshape(LEAD)
+NUMBERS = torch.arange(33).reshape(LEAD)
 SIGNED = NUMBERS % 7 / 4.0 - 0.6  # -0.6 to 0.9
 SHARES = NUMBERS % 5 / 4.0  # 0 to 1, both included
 MASK = NUMBERS % 4 != 1
@@ -42,6 +42,9 @@ class World:
     def me(self) -> Hidden:
         return self.student.with_tensors([x.detach() for x in self.student.tensors])
 
+    def biased(self, stream: Hidden) -> Hidden:
+        return replace(stream, bias=torch.linspace(-1, 2, V).to(self.dtype))
+
     def teacher(self, name: str) -> Any:
         return TEACHERS[name](self)
 
@@ -58,6 +61,19 @@ TEACHERS: dict[str, Callable[[World], Any]] = {
     "logits": lambda w: LogLinear([(0.6, w.logits(1)), (-0.2, w.logits(2)), (0.5, w.own(1))]),
     "student in a shared head": lambda w: LogLinear([(0.4, w.me()), (0.8, w.shared(1))]),
     "student beside a head": lambda w: LogLinear([(SIGNED, w.me()), (0.8, w.own(1))]),
+    # What looks like one head, or like the student, and is not.
+    "one head, two scales": lambda w: LogLinear(
+        [(0.6, w.shared(1)), (0.5, replace(w.shared(2), logit_scale=0.4))]
+    ),
+    "one head, two biases": lambda w: LogLinear([(0.6, w.shared(1)), (0.5, w.biased(w.shared(2)))]),
+    "one head, a soft-cap": lambda w: LogLinear([(0.6, w.shared(1)), (0.5, replace(w.me(), softcap=3.0))]),
+    "student, but for its scale": lambda w: LogLinear(
+        [(0.6, replace(w.me(), logit_scale=0.4)), (0.5, w.own(1))]
+    ),
+    "student, but for its bias": lambda w: LogLinear([(0.6, w.biased(w.me())), (0.5, w.own(1))]),
+    "student, but for its soft-cap": lambda w: LogLinear(
+        [(0.6, replace(w.me(), softcap=3.0)), (0.5, w.own(1))]
+    ),
     "mixture": lambda w: Mixture([(0.3, w.shared(1)), (0.2, w.own(1)), (0.5, w.logits(1))]),
     "mixture, per token": lambda w: Mixture([(SHARES, w.logits(1)), (1 - SHARES, w.own(1))]),
     "mixture of log-linear": lambda w: Mixture(

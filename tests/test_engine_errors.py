@@ -7,24 +7,9 @@ import pytest
 import torch
 
 from opsd_kernels import Hidden, Logits, Objective, get_objective, loss, token_stats
-
-
-class FakeDTensor(torch.Tensor):
-    """What the engine can see of a `torch.distributed.tensor.DTensor` without a process group."""
-
-    device_mesh = "mesh"
-
-
-H_S, H_T = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-W, Z, BIAS = torch.randn(11, 8), torch.randn(2, 3, 11), torch.randn(11)
-META = {"device": "meta"}
-SHARDED = H_S.as_subclass(FakeDTensor)
-MASK = torch.ones(2, 3, dtype=torch.bool)
-IDS = torch.zeros(2, 3, dtype=torch.int64)
-
-
-def _call(student: Any = H_S, teacher: Any = H_T, weight: Any = W, **options: Any) -> dict[str, Any]:
-    return {"student": student, "teacher": teacher, "weight": weight, **options}
+from wrong_calls import BIAS, H_S, H_T, IDS, MASK, META, SHARDED, FakeDTensor, W, Z
+from wrong_calls import call_of as _call
+from wrong_calls import raises as _raises
 
 
 def _student(**fields: Any) -> dict[str, Any]:
@@ -149,17 +134,6 @@ OBJECTIVES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "clip mode": (lambda: Objective(clip_mode="hard"), ("clip_mode", "zero, scale", "'hard'")),
     "name": (lambda: get_objective("jsb"), ("objective", "'jsb'", "did you mean 'jsd'")),
 }
-
-
-def _raises(call: Callable[[], Any], parts: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the parts are the match)
-        call()
-    message = str(error.value)
-    argument, _, rest = message.partition(": ")
-    assert parts[0] in argument, message
-    for part in parts[1:]:
-        assert part in rest, message
-    assert "expected" in rest, message
 
 
 @pytest.mark.parametrize(("call", "parts"), [*SOURCES.values(), *OPTIONS.values(), *LOSS_ONLY.values()])
