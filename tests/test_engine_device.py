@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from opsd_kernels import Logits, LogLinear, Objective, Support, loss
+from opsd_kernels import Logits, LogLinear, Objective, Support, loss, loss_and_stats
 from opsd_kernels.backends.triton import tiles
 from opsd_kernels.call import Call, LossOptions
 from opsd_kernels.engine import projection
@@ -177,6 +177,24 @@ def test_the_heads_gradient_does_not_decay_with_chunks() -> None:
         errors.append(relative_error(outcome.gradients["weight"], truth))
     assert max(errors) <= 1.2 * errors[0]
     assert errors[0] < 4e-3
+
+
+@pytest.mark.parametrize("dtype", TWO_BYTES, ids=str)
+def test_the_filter_reads_rounded_gradients(dtype: torch.dtype) -> None:
+    """A tiny eps leaves only zeros out; a larger one what its statistic says."""
+    case = base(dtype, bias=True)
+    exact, same = evaluate(loss, case), evaluate(loss, case.having(grad_filter=1e-30))
+    for field, gradient in exact.gradients.items():
+        torch.testing.assert_close(same.gradients[field], gradient, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    student, teacher = hidden_sources(case)
+    student = replace(student, hidden=student.hidden.clone().requires_grad_())
+    shares = [
+        loss_and_stats(student, teacher, grad_filter=eps, **case.options).stats.dropped_share
+        for eps in (1e-30, 1e-3, 1e6)
+    ]
+    assert shares[0].max() < 1e-6
+    assert 1e-4 < shares[1].mean() < 0.5
+    assert torch.equal(shares[2], torch.ones(N))
 
 
 # ---- autocast

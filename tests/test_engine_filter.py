@@ -1,5 +1,6 @@
 """`grad_filter` against the same filter written anew over whole fp64 logits."""
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,9 @@ from opsd_kernels.backends.triton import tiles
 from opsd_kernels.engine.plan import spans
 from opsd_kernels.testing import Case, Outcome, evaluate, hidden_case, hidden_sources, relative_error
 
+torch_backend, triton_backend = (
+    importlib.import_module(f"opsd_kernels.backends.{name}") for name in ("torch", "triton")
+)
 N, V, H, CHUNK = 30, 211, 12, 6
 ONE = torch.ones(())
 ROUNDING = 3e-6  # of an fp32 gradient, relative in the L2 norm: the products' and the logits' rounding
@@ -103,15 +107,16 @@ def test_dead_columns_are_left_out_chunk_by_chunk(eps: float, weighted: bool, ba
     assert len(live) == 4
     assert all(0 < count < V for count in live)
     assert len(set(live)) > 1
-    assert_same(evaluate(loss, case.having(grad_filter=eps), ONE), expected)
+    outcome = evaluate(loss, case.having(grad_filter=eps), ONE)
+    assert_same(outcome, expected)
     # The filter is seen: without it dH and dW are further away than any rounding.
-    exact = evaluate(loss, case, ONE)
+    exact = evaluate(loss, case.having(backend="torch"), ONE)
     for name in ("hidden", "weight"):
         assert relative_error(exact.gradients[name], expected.gradients[name]) > 100 * ROUNDING
     found = loss_and_stats(*trained(case), grad_filter=eps, **case.options)
     torch.testing.assert_close(found.stats.dropped_share.double(), share, rtol=0, atol=1e-6)
     assert share.max() > 1e-3
-    assert torch.equal(found.loss.detach(), evaluate(loss, case.having(grad_filter=eps), ONE).loss)
+    assert torch.equal(found.loss.detach(), outcome.loss)
 
 
 def trained(case: Case) -> tuple[Any, Any]:
@@ -120,10 +125,9 @@ def trained(case: Case) -> tuple[Any, Any]:
     return replace(student, hidden=student.hidden.clone().requires_grad_()), teacher
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_bias_is_not_filtered(backend: str) -> None:
+def test_the_bias_is_not_filtered() -> None:
     """It costs no matrix product, so that nothing of it is left out: every column, dead or live."""
-    case = filter_case(backend=backend, token_weight=signed_weights())
+    case = filter_case(token_weight=signed_weights())
     exact = evaluate(loss, case, ONE).gradients["bias"]
     assert torch.equal(evaluate(loss, case.having(grad_filter=0.5), ONE).gradients["bias"], exact)
 
@@ -181,10 +185,9 @@ def test_only_what_is_trained(trained_field: str) -> None:
     assert torch.equal(leaf.grad, expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_row_of_nan_stays_visible(backend: str) -> None:
+def test_a_row_of_nan_stays_visible() -> None:
     """Its chunk is not filtered at all; the rows of the other chunks have the filter's gradient."""
-    case = filter_case(backend=backend, grad_filter=1e-2)
+    case = filter_case(grad_filter=1e-2)
     clean, plain = evaluate(loss, case, ONE), evaluate(loss, case.having(grad_filter=None), ONE)
     _, teacher = hidden_sources(case)
     broken = teacher.hidden.clone()
@@ -197,6 +200,32 @@ def test_a_row_of_nan_stays_visible(backend: str) -> None:
     assert relative_error(dh[1:second_chunk], plain.gradients["hidden"][1:second_chunk]) < 1e-6
     assert relative_error(dh[1:second_chunk], clean.gradients["hidden"][1:second_chunk]) > 1e-4
     assert torch.equal(dh[second_chunk:], clean.gradients["hidden"][second_chunk:])
+
+
+@pytest.mark.parametrize("module", [torch_backend, triton_backend], ids=["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (4, 64), (5, 65), (9, 130), (0, 70)])
+def test_live_columns(rows: int, vocab: int, dtype: torch.dtype, module: Any) -> None:
+    """A value at its bound is dead, one beyond it live; NaN is, also where nothing may be left out."""
+    dz = torch.randn(rows, vocab + 6, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :vocab]
+    bound = torch.linspace(0.5, 2.5, max(rows, 1))[:rows]
+    if rows > 1:
+        dz[:, ::7] = 0
+        dz[-1, -1], dz[1, 0], dz[0, vocab // 2] = torch.nan, torch.inf, bound[0]
+        dz[:, 1] = bound[:, None].expand(rows, 2)[:, 0].to(dtype)
+        bound[-1] = torch.inf
+    expected = torch.tensor(
+        [
+            any(not abs(x) <= b for x, b in zip(column, bound.tolist(), strict=True))
+            for column in dz.T.tolist()
+        ],
+        dtype=torch.bool,
+    )
+    assert torch.equal(module.live_columns(dz, bound), expected)
+    if rows > 1:
+        assert expected.any()
+        assert expected[-1]
+        assert not expected.all()
 
 
 class Gemms(TorchDispatchMode):
