@@ -1,5 +1,6 @@
 """The engine's operators as PyTorch sees them: opcheck, gradcheck, torch.compile, fake tensors, threads."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -93,7 +94,7 @@ def check_operators(case: Case, trained: list[bool], expected: set[str]) -> None
 
 
 # `token_stats` calls it without gradient recording; opcheck does not.
-@pytest.mark.filterwarnings("ignore:opsd_kernels::token_stats. an autograd kernel was not registered")
+@pytest.mark.filterwarnings("ignore:.*token_stats. an autograd kernel was not registered")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["mask", "rows", "support", "combined", "logits"])
 def test_opcheck(name: str, reduction: str) -> None:
@@ -251,14 +252,27 @@ def test_any_input_changed_before_the_backward_is_an_error(field: str) -> None:
             value.backward()
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"token_weight": lambda s: s.jsd}], ids=str)
-def test_threads_do_not_disturb_each_other(options: dict[str, Any]) -> None:
-    """Eight at once, each with another number of rows, give the bits of one after the other."""
-    cases = [hidden_case(40 + n, 301, 16, seed=n).to(torch.float32).having(**options) for n in range(8)]
+def power(exponent: int) -> Any:
+    return lambda stats: stats.jsd**exponent
+
+
+@pytest.mark.parametrize("kind", ["sum", "none", "function"])
+def test_threads_do_not_disturb_each_other(kind: str) -> None:
+    """Eight at once, each with its own rows and function, give the bits of one after the other."""
+    cases = [hidden_case(9 + n, 31, 8, seed=n).to(torch.float32) for n in range(8)]
+    if kind == "function":
+        cases = [case.having(token_weight=power(n)) for n, case in enumerate(cases)]
+    else:
+        cases = [case.having(reduction=kind) for case in cases]
     initializer = partial(torch.set_num_threads, 1)
     alone = [evaluate(loss, case) for case in cases]
-    with ThreadPoolExecutor(8, initializer=initializer) as pool:
-        together = list(pool.map(partial(evaluate, loss), cases * 3))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # between any two lines, not every 5 ms
+    try:
+        with ThreadPoolExecutor(8, initializer=initializer) as pool:
+            together = list(pool.map(partial(evaluate, loss), cases * 10))
+    finally:
+        sys.setswitchinterval(interval)
     for index, outcome in enumerate(together):
         expected = alone[index % 8]
         assert torch.equal(outcome.loss, expected.loss)
