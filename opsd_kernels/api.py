@@ -74,9 +74,9 @@ def loss(
         workspace_bytes: budget of the two logits buffers. Default: 512 rows on a CPU, 4,096 rows elsewhere
             (2,048 if the head is frozen). At least one row is held whatever the budget. On a GPU one of less
             than 512 rows with a trainable head is spent on slabs of the vocabulary instead, at six GEMMs.
-        grad_filter: eps, an approximation that is off by default. Columns of dL/dz that stay within eps times
-            the token's weight at every token of a chunk are left out of the GEMMs of dH and dW (2^-14 leaves
-            out most columns of a language model). `loss_and_stats` says what share was dropped.
+        grad_filter: eps, an approximation that is off by default. Columns of dL/d(z/T) that stay within eps
+            times the token's weight at every token of a chunk are left out of the GEMMs of dH and dW (2^-14
+            leaves out most columns of a language model). `loss_and_stats` says what share was dropped.
         main_grad: fp32 `[V, H]` to which the backward adds dW, instead of to `weight.grad` (Megatron's
             `main_grad`): no gradient of the head's own, and no rounding to the head's dtype.
         backend: `"auto"`, or a name of the README's table. One that is missing is an error.

@@ -113,13 +113,21 @@ class Call:
         if self.packed.backend == backends.REFERENCE:
             return self._reference(with_stats)
         weights = self.options.token_weight
-        # A function of Python's cannot be a node of a compiled graph: there the statistics come first.
-        by_token = self.options.reduction == "none" or (callable(weights) and torch.compiler.is_compiling())
-        if by_token or self._budget_is_tight():
+        if self.options.reduction == "none" or self._budget_is_tight():
             tokens, columns = self._token_loss(with_stats or callable(weights))
             return self._reduced(self._weighted(tokens, columns)), columns if with_stats else None
+        if callable(weights) and torch.compiler.is_compiling():
+            return self._statistics_first().evaluate(with_stats)
         total, columns = self._weighted_sum(with_stats)
         return self._over_count(total), columns
+
+    def _statistics_first(self) -> "Call":
+        """The call with its weights as a tensor: a compiled graph cannot call a function of Python's."""
+        with torch.no_grad():
+            ones = torch.ones(self.lead.numel(), device=self.student.tensors[0].device)
+            weights = self._weighted(ones, self.token_stats())
+        options = replace(self.options, token_weight=weights.reshape(self.lead))
+        return replace(self, options=options, rowwise=replace(self.rowwise, token_weight=weights))
 
     def token_stats(self) -> Tensor:
         """`[N, fields]` statistics."""
@@ -238,7 +246,10 @@ class Call:
 
 
 def _weigher(function: Callable[[TokenStats], Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda stats: _checked_weights(function, TokenStats(**stats)).detach()
+    def weigh(stats: dict[str, Tensor]) -> Tensor:
+        return _checked_weights(function, TokenStats(**{k: v.float() for k, v in stats.items()})).detach()
+
+    return weigh
 
 
 def _checked_weights(function: Callable[[TokenStats], Tensor], stats: TokenStats) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -47,7 +48,8 @@ def check_positive(name: str, value: Any) -> None:
 
 def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at: a GPU would have to be waited for, a compiled graph has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    real = not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+    return real and tensor.device.type == "cpu"
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -63,7 +63,10 @@ def registered(weigher: Weigher | None) -> Iterator[int | None]:
 
 
 def _problem(
-    student: list[Tensor], teacher: list[Tensor], rowwise: Sequence[Tensor | None], text: str
+    student: list[Tensor],
+    teacher: list[Tensor],
+    rowwise: Sequence[Tensor | None],
+    text: str,
 ) -> tuple[Problem, Any]:
     """The work, and the backend's module."""
     s, t, options = packing.unpack(text, student, teacher)
@@ -89,9 +92,8 @@ def _weighted_sum(
         found = chunk_store.loss_and_gradients(problem, backend, wanted, with_stats)
     else:
         found = chunk_store.loss_only(problem, backend, with_stats)
-    gradients = [x if x is not None else student[0].new_empty(0) for x in found.gradients]
-    if not any(wanted):
-        gradients = [x.new_empty(0) for x in student]
+    formed = found.gradients or [None] * len(student)
+    gradients = [x.new_empty(0) if y is None else y for x, y in zip(student, formed, strict=True)]
     stats = spread(problem, found.stats) if with_stats else found.loss.new_empty(0, dtype=torch.float32)
     return found.loss, stats, gradients
 
@@ -205,7 +207,7 @@ def _token_loss_backward(student: list[Tensor], teacher: list[Tensor], *rest: An
     if problem.rows is not None:
         statistics, upstream = statistics[problem.rows], upstream[problem.rows]
     found = slab_recompute.backward(problem, backend, statistics, upstream, wanted)
-    return [x if x is not None else student[0].new_empty(0) for x in found]
+    return [x.new_empty(0) if y is None else y for x, y in zip(student, found, strict=True)]
 
 
 def _token_loss_backward_fake(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> list[Tensor]:

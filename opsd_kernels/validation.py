@@ -65,8 +65,10 @@ def _streams(name: str, value: LogLinear | Mixture | Routed) -> list[Any]:
     """The sources of a combined teacher, if it has any and they are given as they should be."""
     field = "sources" if isinstance(value, Routed) else "streams"
     given: Any = vars(value)[field]
-    if not isinstance(given, list | tuple) or not given:
-        raise ValueError(f"{name}.{field}: expected a list of at least one; got {given!r}")
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{name}.{field}: expected a list; got {type(given).__name__}")
+    if not given:
+        raise ValueError(f"{name}: expected at least one source; got none")
     if not isinstance(value, Routed) and any(not isinstance(x, list | tuple) or len(x) != 2 for x in given):
         raise ValueError(f"{name}.streams: expected pairs (factor, source); got {type(given[0]).__name__}")
     return list(value.sources)
@@ -161,9 +163,7 @@ def _parts(name: str, source: Teacher) -> Iterator[tuple[str, Source]]:
         yield from _parts(f"{name}.{field}[{index}]", part)
 
 
-def check_options(
-    options: Any, objective: Objective, student: Source, teacher: Teacher, vocab: int
-) -> None:
+def check_options(options: Any, objective: Objective, student: Source, teacher: Teacher, vocab: int) -> None:
     """Everything in `LossOptions` but the objective and the vocabulary."""
     lead, device = student.lead, student.tensors[0].device
     check_rows("mask", options.mask, lead, device, (torch.bool,))

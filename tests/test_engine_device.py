@@ -102,10 +102,10 @@ def test_rounded_once_and_nothing_else_overwritten(
 def test_rows_of_the_buffers_start_at_multiples_of_64_bytes(dtype: torch.dtype, vocab: int) -> None:
     case = hidden_case(9, vocab, H).to(dtype).having(workspace_bytes=2 * 4 * vocab * dtype.itemsize)
     call = Call.of(case.student, case.teacher, None, LossOptions(**case.options))
-    chunks = Chunks.of(call._problem())
+    chunks = Chunks.of(call._problem(), torch_backend)
     assert len(chunks.spans) == 3
     for span in chunks.spans:
-        for z in chunks.logits(span):
+        for z in chunks.store.fill_(span):
             assert z.shape[1] == vocab
             assert {row.data_ptr() % 64 for row in z} == {0}
 

@@ -1,4 +1,4 @@
-"""The backend `"triton_paired"` from end to end, in Triton's interpreter: logits of 2 bytes an entry, one head."""
+"""The backend `"triton_paired"` from end to end, in Triton's interpreter."""
 
 from dataclasses import replace
 from functools import partial

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.engine import plan, supports
-from opsd_kernels.engine.gradients import Gradients
+from opsd_kernels.engine.gradients import Gradients, safe_unit
 from opsd_kernels.engine.problem import Problem
 from opsd_kernels.engine.projection import Projection
 from opsd_kernels.engine.rows import GradientForm
@@ -60,6 +60,7 @@ def loss_and_gradients(
     gradients = Gradients.of(problem, wanted)
     chunks = Chunks.of(problem, backend, trainable_head=gradients.weight is not None)
     form = GradientForm(chunks.student.operand_dtype, chunks.student.cap)
+    unit = safe_unit(problem.weight, form.dtype)
     loss = torch.zeros((), **problem.like)
     parts: list[dict[str, Tensor]] = []
     for span in chunks.spans:
@@ -70,7 +71,7 @@ def loss_and_gradients(
         weight = problem.weight[span]
         if problem.weigher is not None and stats is not None:
             weight = problem.weigher(stats).to(problem.dtype)
-        coefficient = weight * chunks.student.slope
+        coefficient = (weight if unit is None else weight / unit) * chunks.student.slope
         losses, dz = row_gradient_(problem, backend, z_s, z_t, span, coefficient, form)
         loss += (losses * weight).sum()  # autocast would round the operands of `@`
         eps = problem.options.grad_filter
@@ -81,6 +82,7 @@ def loss_and_gradients(
             dropped = gradients.add_filtered_(chunks.student, dz, span, live)
             stats = None if stats is None else {**stats, "dropped_share": dropped}
         parts += [] if stats is None else [stats]
+    gradients.scale_(unit)
     return Results(loss, gradients.as_list(len(wanted)), joined(parts) if with_stats else {})
 
 

@@ -77,8 +77,17 @@ class Gradients:
             self.weight.index_copy_(0, columns, part)
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
-        whole, rest = (torch.linalg.vector_norm(x, 1, dim=1, dtype=torch.float32) for x in (dz, kept))
+        wide = torch.promote_types(dz.dtype, torch.float32)
+        whole, rest = (torch.linalg.vector_norm(x, 1, dim=1, dtype=wide) for x in (dz, kept))
         return torch.where(whole > 0, 1 - rest / whole, 0.0).clamp(min=0)
+
+    def scale_(self, factor: Tensor | None) -> None:
+        """Multiplies everything by what `safe_unit` took out."""
+        if factor is None:
+            return
+        for tensor in (self.hidden, self.weight, self.bias, self.z):
+            if tensor is not None:
+                tensor *= factor
 
     def as_list(self, count: int) -> list[Tensor | None]:
         """In the order of the source's `tensors`, `count` of them."""
@@ -99,3 +108,15 @@ class Gradients:
             whole[span] = part
         else:
             whole.index_copy_(0, self.rows[span], part)
+
+
+def safe_unit(scale: Tensor, operand: torch.dtype) -> Tensor | None:
+    """A power of two near the largest |scale| `[n]`, to be taken out of fp16 operands; None for other dtypes.
+
+    The weights or upstream gradients of a long batch may be 1e-6, and gradients times that would underflow.
+    """
+    if operand != torch.float16 or scale.numel() == 0:
+        return None
+    largest = scale.abs().amax()
+    _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
+    return torch.ldexp(torch.ones_like(largest), exponent)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opsd_kernels.engine import chunk_store, plan
 from opsd_kernels.engine.chunk_store import Chunks
-from opsd_kernels.engine.gradients import Gradients
+from opsd_kernels.engine.gradients import Gradients, safe_unit
 from opsd_kernels.engine.problem import Problem
 from opsd_kernels.engine.projection import Projection, mm_
 from opsd_kernels.engine.rows import GradientForm, RowStatistics
@@ -68,11 +68,14 @@ def backward(
         wanted: for each of the student's tensors, whether its gradient is needed.
     """
     gradients = Gradients.of(problem, wanted)
-    if not by_slabs(problem):
-        _by_rows(problem, backend, upstream, gradients)
-        return gradients.as_list(len(wanted))
     student, teacher = prepare(problem)
     form = GradientForm(student.operand_dtype, student.cap)
+    unit = safe_unit(upstream, form.dtype)
+    upstream = upstream if unit is None else upstream / unit
+    if not by_slabs(problem):
+        _by_rows(problem, backend, upstream, gradients)
+        gradients.scale_(unit)
+        return gradients.as_list(len(wanted))
     everything = slice(0, problem.live_rows)
     live_hidden = _LiveHidden.of(problem, gradients)
     buffers = torch.empty(2, problem.live_rows * plan.slab_columns(problem), **problem.like)
@@ -86,6 +89,7 @@ def backward(
         dz = backend.slab_gradient_(z_s, z_t, problem.objective, row, coefficient, form)
         _add_slab_(gradients, student, dz, columns, live_hidden)
     live_hidden.finish(gradients)
+    gradients.scale_(unit)
     return gradients.as_list(len(wanted))
 
 

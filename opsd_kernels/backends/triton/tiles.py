@@ -26,7 +26,7 @@ class Tiles:
     splits: int = 4
     warps: int = 8
     filter_rows: int = 32
-    filter_block: int = 256
+    filter_block: int = 128
 
 
 DEFAULT = Tiles()

@@ -1,0 +1,155 @@
+"""Faults that were found once: each test fails when its fix is removed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from opsd_kernels import Hidden, TokenStats, loss, loss_and_stats
+from opsd_kernels.engine.projection import Projection
+from opsd_kernels.testing import Case, evaluate, hidden_case, hidden_sources, relative_error, upstream_of
+
+
+@pytest.mark.parametrize("how", ["denominator", "token weights", "per token"])
+def test_small_factors_do_not_underflow_fp16_operands(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA the gradient of the logits is rounded to an fp16 head's dtype before its GEMMs.
+
+    With a factor of 1e-5 inside, most entries would be subnormal or 0.
+    """
+    case = hidden_case(64, 2000, 32).to(torch.float32).having(objective="forward_kl")
+    tiny = 1 / 131_072
+    upstream = torch.ones(())
+    if how == "denominator":
+        case = case.having(denominator=131_072)
+    elif how == "token weights":
+        case = case.having(token_weight=torch.linspace(0.5, 1, 64) * tiny, reduction="sum")
+    else:
+        case, upstream = case.having(reduction="none"), torch.linspace(0.5, 1, 64) * tiny
+    exact = evaluate(loss, case, upstream)
+    monkeypatch.setattr(Projection, "operand_dtype", torch.float16)
+    rounded = evaluate(loss, case, upstream)
+    for name, gradient in exact.gradients.items():
+        assert relative_error(rounded.gradients[name], gradient) < 1e-3, name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_main_grad_beside_a_padded_vocabulary(reduction: str) -> None:
+    case = hidden_case(6, 50, 8).to(torch.float32).having(vocab_size=45, reduction=reduction)
+    expected = evaluate(loss, case).gradients["weight"]
+    main_grad = torch.zeros(50, 8)
+    student, teacher = hidden_sources(case)
+    weight = student.weight.clone().requires_grad_()
+    value = loss(replace(student, weight=weight), teacher, main_grad=main_grad, **case.options)
+    value.backward(upstream_of(value))
+    torch.testing.assert_close(main_grad, expected)
+    assert weight.grad is None
+
+
+def test_a_filter_of_fp64_gradients() -> None:
+    case = hidden_case(6, 50, 8).having(objective="forward_kl")
+    whole, filtered = evaluate(loss, case), evaluate(partial(loss, grad_filter=1e-30), case)
+    for name, gradient in whole.gradients.items():
+        assert relative_error(filtered.gradients[name], gradient) < 1e-13
+
+
+def test_opcheck_of_mixed_dtypes_with_a_frozen_head() -> None:
+    from opsd_kernels.engine import packing
+    from opsd_kernels.objectives import get_objective
+
+    student = Hidden(torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(20, 8))
+    teacher = Hidden(torch.randn(4, 8).bfloat16(), student.weight)
+    options = packing.Options(get_objective("jsd"), 1.0, None, "torch")
+    text = packing.pack(student, teacher, options)
+    inputs = (
+        student.tensors,
+        teacher.tensors,
+        *[None] * 5,
+        text,
+        torch.tensor(1.0),
+        None,
+        [True, False],
+        False,
+    )
+    torch.library.opcheck(torch.ops.opsd_kernels.weighted_sum.default, inputs)
+
+
+WRONG_WEIGHTS: dict[str, tuple[Callable[[TokenStats], Any], str]] = {
+    "a column": (lambda stats: stats.jsd[:, None], r"\(6, 1\)"),
+    "a scalar": (lambda stats: stats.jsd.mean(), r"\(\)"),
+    "a number": (lambda stats: 0.5, "float"),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_what_a_weighting_function_returns_is_checked(name: str, reduction: str, trained: bool) -> None:
+    student, teacher = hidden_sources(hidden_case(6, 50, 8).to(torch.float32))
+    student = replace(student, hidden=student.hidden.detach().requires_grad_(trained))
+    function, got = WRONG_WEIGHTS[name]
+    with pytest.raises(ValueError, match=rf"token_weight: expected .* shape \(6,\); got {got}"):
+        loss(student, teacher, token_weight=function, reduction=reduction)
+
+
+def test_a_weighting_function_sees_fp32_also_beside_fp64_inputs() -> None:
+    case = hidden_case(6, 50, 8)
+    seen = []
+
+    def weigh(stats: TokenStats) -> torch.Tensor:
+        seen.append({x.dtype for x in stats})
+        return stats.jsd
+
+    for reduction in ("mean", "none"):
+        loss(case.student, case.teacher, token_weight=weigh, reduction=reduction)
+    assert seen == [{torch.float32}] * 2
+
+
+@pytest.mark.parametrize("option", [{"grad_filter": 1e-3}, {"main_grad": torch.zeros(50, 8)}], ids=str)
+def test_the_reference_refuses_what_it_would_ignore(option: dict[str, Any]) -> None:
+    student, teacher = hidden_sources(hidden_case(6, 50, 8).to(torch.float32))
+    student = replace(student, weight=student.weight.detach().requires_grad_())
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: expected None with backend='reference'"):
+        loss(student, teacher, backend="reference", **option)
+
+
+def test_fake_tensors_are_not_read() -> None:
+    with FakeTensorMode():
+        h, w = torch.empty(3, 4, 8, requires_grad=True), torch.empty(50, 8)
+        ids, rows = torch.zeros(3, 4, dtype=torch.int64), torch.arange(5)
+        value, stats = loss_and_stats(h, h.detach(), w, rows=rows, token_ids=ids, denominator=torch.ones(()))
+        assert value.shape == ()
+        assert stats.jsd.shape == (3, 4)
+
+
+def test_a_compiled_filter_beside_a_weighting_function() -> None:
+    """The function cannot be called from the graph: the statistics come first, the filter stays."""
+    torch._dynamo.reset()
+    case: Case = hidden_case(6, 300, 8).to(torch.float32)
+    student, teacher = hidden_sources(case)
+
+    def step(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, stats = loss_and_stats(
+            replace(student, hidden=hidden),
+            teacher,
+            token_weight=lambda s: s.student_entropy,
+            grad_filter=2.0**-6,
+            objective="forward_kl",
+        )
+        return value, stats.dropped_share
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        hidden = student.hidden.detach().requires_grad_()
+        value, dropped = function(hidden)
+        value.backward()
+        assert hidden.grad is not None
+        results.append((value.detach(), dropped, hidden.grad))
+    for eager, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager)
+    assert results[0][1].max() > 0
+    torch._dynamo.reset()
