@@ -13,8 +13,6 @@ from opsd_kernels import Objective, Support
 from opsd_kernels.backends.triton import tiles
 from opsd_kernels.engine.rows import GradientForm
 
-FLOATS = [torch.float32, torch.float16]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_blocks() -> Iterator[None]:
@@ -106,15 +104,15 @@ coefficients = st.sampled_from([1.0, -0.7, 0.0, 2.5, 1e-3])
 draws = st.builds(
     Draw,
     n=st.sampled_from([1, 1, 2]),
-    vocab=st.integers(1, 48),
+    vocab=st.integers(1, 24) | st.integers(25, 64),
     block=st.sampled_from([16, 32]),
     splits=st.sampled_from([1, 2, 2, 3]),
     objective=objectives,
-    gap=st.sampled_from([0.0, 1e-3, 1e-2, 0.3, 1.0, 3.0]),
+    gap=st.sampled_from([0.3, 1.0, 3.0, 1e-2, 1e-3, 0.0]),
     peak=st.sampled_from([0.5, 4.0, 15.0]),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
     coefficients=st.tuples(coefficients, coefficients),
-    dtype=st.sampled_from(FLOATS),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
     cap=st.sampled_from([None, None, None, 5.0, 30.0]),
     excluded=st.tuples(
         st.sampled_from([0, 0, 1, 3, 17]),
@@ -123,7 +121,7 @@ draws = st.builds(
     ),
     around=st.tuples(st.integers(0, 3), st.integers(0, 17)),
     apart=st.sampled_from([1, 2]),
-    cut=st.none() | st.integers(0, 47),
+    cut=st.none() | st.integers(1, 63),
     seed=st.integers(0, 2**31),
 )
 
@@ -134,6 +132,7 @@ draws = st.builds(
     deadline=None,
     derandomize=True,
     database=None,
+    print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(draw=draws)
@@ -147,5 +146,3 @@ def test_any_call(draw: Draw) -> None:
         rest = whole.clone()
         rest[1 :: draw.apart, left : left + draw.vocab][: draw.n] = UNTOUCHED
         assert (rest == UNTOUCHED).all(), "memory around the logits was written"
-
-
