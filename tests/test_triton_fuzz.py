@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton_cases import UNTOUCHED, Rows, assert_rows, inside, random_rows, small_blocks
 
 from opsd_kernels import Objective, Support
 from opsd_kernels.backends.triton import tiles
 from opsd_kernels.engine.rows import GradientForm
+from triton_cases import UNTOUCHED, Rows, assert_rows, inside, random_rows, small_blocks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,14 +25,20 @@ class Draw:
     """What a random call is made of.
 
     Args:
-        n: rows, `vocab`: columns, `block`, `splits`: how the kernels walk them.
+        n: rows.
+        vocab: columns.
+        block: columns that a program holds at once.
+        splits: programs of a row.
         objective: the token loss.
-        gap: of student and teacher, `peak`: of the logits, `temperature`: divides them.
+        gap: between student and teacher, in nats.
+        peak: of the logits, in nats.
+        temperature: divides the logits.
         coefficients: factors of the rows' gradients.
         dtype: of the gradient.
         cap: soft-cap of the logits.
-        left: columns excluded on one side, `right`: on the other; by whom: `"student"`, `"teacher"`, `"both"`.
-        around: columns of memory left and right of the logits; `apart`: distance of rows in rows.
+        excluded: columns at either end, and who excludes them.
+        around: columns of memory left and right of the logits.
+        apart: distance between rows in memory, in rows.
         cut: column between two slabs of the gradient, modulo `vocab`.
         seed: of the numbers.
     """
@@ -141,7 +147,7 @@ def test_any_call(draw: Draw) -> None:
     rows, memory = draw.rows()
     cut = None if draw.cut is None else draw.cut % draw.vocab
     assert_rows(rows, cut or None)
-    left, right = draw.around
+    left, _ = draw.around
     for whole in memory:
         rest = whole.clone()
         rest[1 :: draw.apart, left : left + draw.vocab][: draw.n] = UNTOUCHED

@@ -10,11 +10,11 @@ from itertools import product
 
 import pytest
 import torch
-from triton_cases import OBJECTIVES, UNTOUCHED, Rows, assert_rows, inside, random_rows, small_blocks
 
 from opsd_kernels import Logits, Objective, Support, loss
 from opsd_kernels.backends import triton as backend
 from opsd_kernels.engine.rows import GradientForm
+from triton_cases import OBJECTIVES, UNTOUCHED, Rows, assert_rows, inside, random_rows, small_blocks
 
 COEFFICIENT = torch.tensor([1.0, -0.7, 0.0])
 SUPPORTS = [
@@ -50,7 +50,7 @@ def test_every_objective(name: str, gap: float) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: f"{s.of} {s.rest}")
 def test_every_support(support: Support, divergence: str) -> None:
-    """With a clip and a soft-cap on every other one: what is outside the support gets the normaliser's part."""
+    """With a clip and a soft-cap on every other one; what is outside gets the normaliser's part."""
     clip = 0.05 if DIVERGENCES.index(divergence) % 2 else None
     rows = rows_of(Objective(divergence, entry_clip=clip, clip_mode="scale", support=support))
     if clip is not None:
@@ -78,7 +78,7 @@ def test_splits_and_slabs(splits: int, cut: int | None) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (0, 5), (5, 0), (32, 0), (0, 70), (35, 33)])
 def test_excluded_columns_change_nothing(divergence: str, left: int, right: int) -> None:
-    """A few, a whole block, a whole part of the row, on both sides of the logits: value, gradient, statistics."""
+    """A few, a whole block, a whole part of the row: value, gradient and statistics stay."""
     bare = rows_of(Objective(divergence), vocab=40)
     pad = (left, right)
     z_s, z_t = (torch.nn.functional.pad(z, pad, value=-torch.inf) for z in (bare.z_s, bare.z_t))
@@ -114,7 +114,7 @@ def test_columns_that_one_side_excludes(side: str, divergence: str, clip: float 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("apart", [1, 2])
 def test_rows_in_larger_memory(name: str, dtype: torch.dtype, apart: int) -> None:
-    """Offsets and gaps; 13 blocks, so that a 2-byte gradient overtakes its own logits if the order is wrong."""
+    """Offsets and gaps; 13 blocks, so that a 2-byte gradient in the wrong order overwrites unread logits."""
     with small_blocks(block=16, splits=3):
         rows = rows_of(OBJECTIVES[name], vocab=200)
         z_s, memory_s = inside(rows.z_s, left=3, right=9, apart=apart)

@@ -1,9 +1,9 @@
-"""What the tests of the Triton row kernels share: blocks small enough for short rows, the fp64 definition of a
-row's loss and gradient, and how far fp32 arithmetic may be from it.
+"""What the tests of the Triton row kernels share: small blocks, the fp64 definition of a row's loss and
+gradient, and how far fp32 arithmetic may be from it.
 
-Triton's interpreter runs the kernels. It looks through all of `triton.language` at every call of a `@triton.jit`
-helper to replace what a CPU cannot run, which takes longer than the kernels do; `small_blocks` lets it do so
-once for every module of kernels instead.
+Triton's interpreter runs the kernels. At every call of a `@triton.jit` helper it looks through all of
+`triton.language` to replace what a CPU cannot run, which takes longer than the kernels do; `small_blocks`
+lets it do so once for every module of kernels instead.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @contextmanager
 def small_blocks(**sizes: int) -> Iterator[None]:
-    """Rows in several blocks, a ragged last one and parts without any column; the language is replaced once."""
+    """Blocks of these sizes, so that short rows have several; the interpreter is set up once."""
     saved, replace_language = tiles.DEFAULT, interpreter._patch_lang
     tiles.DEFAULT = tiles.Tiles(**sizes)
     scopes: dict[int, Any] = {}
@@ -165,8 +165,8 @@ def assert_rows(rows: Rows, cut: int | None = None) -> None:
 def tolerances(rows: Rows, expected: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds `[n]` of the value's error and `[n, V]` of the gradient's, by what fp32 rounds.
 
-    A log-probability is off by about `EPS` times its size, the probability by that share of itself, the weight
-    a = s (d + 1) of a reverse KL by that share times |d| again, and the row's total by the sum of all of it.
+    A log-probability is off by about `EPS` times its size, the probability by that share of itself, the
+    weight a = s (d + 1) of a reverse KL by that share times |d| again, the row's total by the sum of it.
     A clip that scales divides by the term, whose error is absolute.
     """
     ls, lt = (z.double().log_softmax(1) for z in (rows.z_s, rows.z_t))
@@ -187,15 +187,16 @@ def tolerances(rows: Rows, expected: Tensor, truth: Tensor) -> tuple[Tensor, Ten
     if objective.clip_mode == "scale" and objective.token_clip is not None:
         entry = entry + truth.abs() * (bound / objective.token_clip)[:, None]
     info = torch.finfo(rows.form.dtype)
-    rounding = info.eps / (
-        1 if info.bits == 16 and info.eps > 1e-3 else 2
-    )  # the interpreter truncates to bf16
+    rounding = info.eps if rows.form.dtype == torch.bfloat16 else info.eps / 2  # truncated
     return bound, entry + truth.abs() * rounding + info.smallest_normal * info.eps
 
 
 def loss_is_defined(rows: Rows) -> Tensor:
-    """`[n]` bool: False where a column that one side excludes has so little of the other's mass that fp32 cannot
-    tell it from a column that both exclude (see `LOG_ZERO`): the loss is infinite, the kernel's need not be."""
+    """`[n]` bool: False where the loss is infinite and fp32 need not see it.
+
+    A column that one side excludes and that has next to none of the other's mass looks like one that both
+    exclude (see `LOG_ZERO`).
+    """
     masses = [z.double().softmax(1) for z in (rows.z_s, rows.z_t)]
     lost = [(p == 0) & (q > 0) & (q < LEAST_MASS) for p, q in (masses, masses[::-1])]
     return ~(lost[0] | lost[1]).any(1)
