@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opsd_kernels import Hidden, TokenStats, loss, loss_and_stats
+from opsd_kernels import Hidden, TokenStats, get_objective, loss, loss_and_stats
+from opsd_kernels.engine import packing
 from opsd_kernels.engine.projection import Projection
 from opsd_kernels.testing import Case, evaluate, hidden_case, hidden_sources, relative_error, upstream_of
 
@@ -57,9 +58,6 @@ def test_a_filter_of_fp64_gradients() -> None:
 
 
 def test_opcheck_of_mixed_dtypes_with_a_frozen_head() -> None:
-    from opsd_kernels.engine import packing
-    from opsd_kernels.objectives import get_objective
-
     student = Hidden(torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(20, 8))
     teacher = Hidden(torch.randn(4, 8).bfloat16(), student.weight)
     options = packing.Options(get_objective("jsd"), 1.0, None, "torch")
@@ -69,7 +67,6 @@ def test_opcheck_of_mixed_dtypes_with_a_frozen_head() -> None:
         teacher.tensors,
         *[None] * 5,
         text,
-        torch.tensor(1.0),
         None,
         [True, False],
         False,
