@@ -4,7 +4,7 @@ The recording is made here, not read from an earlier run, so that these tests ar
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from bench.recorded import DTYPES, FORMAT, Recording, dequantise, load
-from bench.sparsity import DESIGN_FILTER, DESIGN_FORMATS, FORMATS, difference, live_columns
-from opsd_kernels import Hidden, loss
+from bench.sparsity import (
+    DESIGN_FILTER,
+    DESIGN_FORMATS,
+    FORMATS,
+    Exact,
+    difference,
+    filter_line,
+    live_columns,
+)
+from opsd_kernels import Hidden, loss, loss_and_stats
 from opsd_kernels.testing import eager_loss, relative_error
 from opsd_train.prompts import Prompt
 from opsd_train.rollouts import until_end
@@ -137,6 +145,27 @@ def test_live_columns_are_as_many_as_the_design_counts_on(made: Made) -> None:
         found = live_columns(d[: len(d) // chunk * chunk], chunk, 2.0**exponent).double().mean()
         print(f"{chunk} rows, eps 2^{exponent}: {found:.3f} live, design {columns}")
         assert columns / 2 < found < columns * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exponent", [-12, -14])
+def test_the_engines_filter_leaves_out_what_the_table_says(made: Made, exponent: int) -> None:
+    """`grad_filter` over one chunk of 256 rows: the errors and the dropped share that fp64 arithmetic has."""
+    parts = made.recording.student[:SLAB], made.recording.teacher[:SLAB]
+    line = filter_line(Exact.of(replace(made.recording, student=parts[0], teacher=parts[1])), SLAB, exponent)
+    student, teacher, head = (x.float() for x in (*parts, made.recording.head))
+    options = {"objective": "forward_kl", "reduction": "sum", "workspace_bytes": 2 * SLAB * len(head) * 4}
+    found = []
+    for eps in (None, 2.0**exponent):
+        leaves = student.clone().requires_grad_(), head.clone().requires_grad_()
+        value, stats = loss_and_stats(leaves[0], teacher, leaves[1], grad_filter=eps, **options)
+        value.backward()
+        found.append([leaf.grad for leaf in leaves])
+    errors = [relative_error(filtered, whole) for whole, filtered in zip(*found, strict=True)]
+    dropped = float(stats.dropped_share.mean())
+    print(f"eps 2^{exponent}: dH {errors[0]:.4f}, dW {errors[1]:.5f}, dropped {dropped:.4f}; fp64 {line}")
+    assert errors == pytest.approx([line.dh_error, line.dw_error], rel=0.02)
+    assert dropped == pytest.approx(line.dropped_mean, rel=0.02)
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """The backends by name, and the rule that picks one.
 
-A backend other than `reference` is a module with four functions over the logits of a chunk of rows:
-`row_loss`, `row_gradient_`, `slab_gradient_` and `row_stats` (see `backends/torch` for their contracts), and
-`unsupported(device, dtype)`, which says where it cannot run.
-A new one is a folder here and a line in `BACKENDS`.
+A backend other than `reference` is a module with functions over the logits of a chunk of rows: `row_loss`,
+`row_gradient_`, `slab_gradient_` and `row_stats`; for supports `normalisers` and `softmax_gradient_`; for the
+column filter `live_columns` (see `backends/torch` for their contracts). Beside them `LogitsStore`, which holds a
+chunk's logits, `SLABS`, whether it can take columns of rows on their own, and `unsupported(device, dtype)`,
+which says where it cannot run. A new one is a folder here and a line in `BACKENDS`.
 """
 
 import importlib
@@ -24,7 +25,7 @@ def choose(backend: str, device: torch.device) -> str:
     """Name of the backend that runs: the one asked for, or for `"auto"` the fastest for the device.
 
     `"auto"` is a function of its arguments alone: no environment variable, no probing. Today it is `"torch"`
-    on every device; `"triton"` has to be asked for until it has been measured on a GPU.
+    on every device; the Triton backends have to be asked for until they have been measured on a GPU.
 
     Raises:
         ValueError: a backend that does not exist. There is no silent fallback.
