@@ -54,10 +54,11 @@ class Setting:
 
     def head_dtype(self, weight: Tensor) -> torch.dtype:
         """In which dtype a head is multiplied: its own or autocast's on CUDA, the logits' elsewhere."""
-        if not keeps_operands(weight.device):
+        if self.dtype != torch.float32 or not keeps_operands(weight.device):
             return self.dtype
-        narrow = self.operand is not None and weight.dtype == torch.float32
-        return self.operand if narrow and self.operand is not None else weight.dtype
+        if self.operand is not None and weight.dtype == torch.float32:
+            return self.operand
+        return weight.dtype
 
 
 @dataclass(frozen=True)
