@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
 from opsd_kernels import Logits, Objective, Support, loss
 from opsd_kernels.backends import triton as backend
+from opsd_kernels.backends.triton import kernels
+from opsd_kernels.backends.triton import rows as launches
 from opsd_kernels.engine.rows import GradientForm
 from triton_cases import OBJECTIVES, UNTOUCHED, Rows, assert_rows, inside, random_rows, small_blocks
 
@@ -124,6 +127,24 @@ def test_rows_in_larger_memory(name: str, dtype: torch.dtype, apart: int) -> Non
     z_t.fill_(UNTOUCHED)
     assert (memory_s == UNTOUCHED).all()
     assert (memory_t == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize(("dtype", "programs"), [(torch.float32, 2), (torch.float16, 1), (torch.bfloat16, 1)])
+def test_a_row_has_one_program_if_its_gradient_moves_left(
+    dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter runs programs in order; on a GPU a second one would overwrite logits of the first."""
+    grids = {}
+    launch = launches._launch
+
+    def record(kernel: Any, grid: tuple[int, ...], *rest: Any) -> None:
+        grids[kernel] = grid
+        launch(kernel, grid, *rest)
+
+    monkeypatch.setattr(launches, "_launch", record)
+    rows_of(Objective("jsd"), form=GradientForm(dtype)).run()
+    assert grids[kernels.gradient_kernel] == (3, programs)
+    assert grids[kernels.loss_kernel] == (3, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -239,14 +260,16 @@ def test_stats(name: str) -> None:
     assert found["jsd"][0] == 0
 
 
-@pytest.mark.parametrize("where", [0, 17, 40, 74])
-def test_the_first_of_equal_maxima_is_the_top_token(where: int) -> None:
+# In one block, in two blocks of a part of the row, in two parts.
+@pytest.mark.parametrize(("first", "second"), [(5, 6), (0, 20), (17, 40), (50, 70), (0, 74), (40, 74)])
+def test_the_first_of_equal_maxima_is_the_top_token(first: int, second: int) -> None:
     z = torch.zeros(1, 75)
-    z[0, where] = z[0, -1] = 1.0
+    z[0, [first, second]] = 1.0
     other = torch.zeros(1, 75)
-    other[0, where] = 1.0
-    agreement = backend.row_stats(z, other, Objective(), torch.zeros(1, dtype=torch.int64))["top1_agreement"]
-    assert agreement == 1
+    for column, agreement in ((first, 1), (second, 0)):
+        other.zero_()[0, column] = 1.0
+        stats = backend.row_stats(z, other, Objective(), torch.zeros(1, dtype=torch.int64))
+        assert stats["top1_agreement"] == agreement
 
 
 @pytest.mark.parametrize("name", ["opsd", "jsd", "reverse_kl"])

@@ -177,7 +177,8 @@ def tolerances(rows: Rows, expected: Tensor, truth: Tensor) -> tuple[Tensor, Ten
     depth = 1 + ls.abs().nan_to_num(posinf=0) + lt.abs().nan_to_num(posinf=0)
     if objective.support is None:
         mass = ls.exp() + lt.exp()
-        bound, size = EPS * (mass * depth).sum(1), EPS * mass * depth.square()
+        terms = (mass * depth).sum(1) + expected.abs().nan_to_num(posinf=0)
+        bound, size = EPS * terms, EPS * mass * depth.square()
     else:
         # Renormalised, entries of little mass weigh as much as any; a tail gathers the errors of all of it.
         bound = EPS * depth.amax(1) * (1 + expected.nan_to_num(posinf=0).abs())
