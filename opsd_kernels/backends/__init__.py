@@ -2,9 +2,10 @@
 
 A backend other than `reference` is a module with functions over the logits of a chunk of rows: `row_loss`,
 `row_gradient_`, `slab_gradient_` and `row_stats`; for supports `normalisers` and `softmax_gradient_`; for the
-column filter `live_columns` (see `backends/torch` for their contracts). Beside them `LogitsStore`, which holds
-a chunk's logits, `SLABS`, whether it can take columns of rows on their own, and `unsupported(device, dtype)`,
-which says where it cannot run. A new one is a folder here and a line in `BACKENDS`.
+column filter `live_columns` (see `backends/torch` for their contracts). Beside them `LogitsStore`, which
+holds a chunk's logits, `SLABS`, whether it can take columns of rows on their own, and
+`unsupported(device, dtype)`, which says where it cannot run. A new one is a folder here and a line in
+`BACKENDS`.
 """
 
 import importlib

@@ -53,7 +53,7 @@ def kl_term(p, q, x):
 @triton.jit
 def mixture(d, beta):
     """log m - log s and log m - log t for m = beta t + (1 - beta) s."""
-    d = tl.maximum(d, LOWEST_LOG_RATIO)
+    d = tl.maximum(d, LOWEST_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
     rs = log1p(beta * expm1(-d))
     return rs, rs + d
 
