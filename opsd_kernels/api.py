@@ -57,13 +57,15 @@ def loss(
         objective: a name of `named_objectives()` or an `Objective`. `"opsd"` is the published one: forward KL
             with each vocabulary entry's term clipped at 0.05 (arXiv 2601.18734).
         mask: bool `[...]`, True where a token counts. Other rows never reach a GEMM; NaN there does no harm.
-            On a GPU the number of rows that count is read back once.
+            On a GPU the number of rows that count is read back once (and once more in the backward of
+            `reduction="none"`).
         rows: int `[n]`, instead of a mask: the tokens that count, each once, as indices into the flattened
             token dimensions. Nothing is read back, so that a CUDA graph can be captured.
-        token_weight: float `[...]`, a constant factor of each token's loss; zero-weight rows are skipped too
-            (unless `rows` says which count). Or a function of `TokenStats` that returns the factors, called
-            between statistics and gradient with `[C]` tensors for one chunk of tokens after another: it
-            must treat tokens independently. For weights that need the whole batch call `token_stats` first.
+        token_weight: float `[...]`, a constant factor of each token's loss; zero-weight rows are skipped too,
+            as a mask's are (unless `rows` says which count). Or a function of `TokenStats` that returns the
+            factors, called between statistics and gradient with `[C]` tensors for one chunk of tokens after
+            another: it must treat tokens independently. For weights that need the whole batch call
+            `token_stats` first.
         token_ids: int `[...]`, the sampled tokens, for the statistics that a `token_weight` function sees.
         support_ids: int `[..., K]`, the entries of a `Support` that is `"given"`; -1 for none.
         temperature: T > 0 of both distributions, softmax(z / T). There is no factor T^2.
@@ -71,12 +73,15 @@ def loss(
         denominator: of the mean, a number or a one-element tensor; by default the number of unmasked tokens
             (weights do not change it). Pass the global count under gradient accumulation or data parallelism.
         vocab_size: number of leading columns that are real; the rest is padding and is left out.
-        workspace_bytes: budget of the two logits buffers. Default: 512 rows on a CPU, 4,096 rows elsewhere
-            (2,048 if the head is frozen). At least one row is held whatever the budget. On a GPU one of less
-            than 512 rows with a trainable head is spent on slabs of the vocabulary instead, at six GEMMs.
+        workspace_bytes: budget of the two logits buffers (teachers made of several sources, and statistics of
+            a support, take one or two more of the same size). Default: 512 rows on a CPU, 4,096 rows
+            elsewhere (2,048 if the head is frozen). At least one row is held whatever the budget. On a GPU
+            one of less than 512 rows with a trainable head is spent on slabs of the vocabulary instead, at
+            six GEMMs.
         grad_filter: eps, an approximation that is off by default. Columns of dL/d(z/T) that stay within eps
             times the token's weight at every token of a chunk are left out of the GEMMs of dH and dW (2^-14
-            leaves out most columns of a language model). `loss_and_stats` says what share was dropped.
+            leaves out most columns of a language model). `loss_and_stats` says what share was dropped. On a
+            GPU the number of columns is read back once a chunk.
         main_grad: fp32 `[V, H]` to which the backward adds dW, instead of to `weight.grad` (Megatron's
             `main_grad`): no gradient of the head's own, and no rounding to the head's dtype.
         backend: `"auto"`, or a name of the README's table. One that is missing is an error.

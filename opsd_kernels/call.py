@@ -7,15 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels import backends, ops, validation
+from opsd_kernels import backends, checks, ops, validation
 from opsd_kernels.engine import packing, plan
+from opsd_kernels.engine.chunk_store import weighted
 from opsd_kernels.engine.problem import Problem, Rowwise, accumulator_dtype
+from opsd_kernels.engine.teachers import needs_whole_rows
 from opsd_kernels.objectives import Objective, get_objective
 from opsd_kernels.sources import Source, Teacher
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics without gradient: fp32, shape of the token dimensions, in nats; 0 at dead rows."""
+    """Per-token statistics without gradient: fp32, shape of the token dimensions, in nats; 0 at dead rows.
+
+    forward_kl is KL(t || s), reverse_kl KL(s || t), jsd the Jensen-Shannon divergence at beta = 1/2, all
+    without clips; the log-probs are those of `token_ids`, NaN without them; top1_agreement is 1 or 0;
+    clipped_fraction is the share of the loss that the clips remove; dropped_share what `grad_filter` left
+    out.
+    """
 
     forward_kl: Tensor
     """KL(t || s), without clips."""
@@ -116,13 +124,21 @@ class Call:
         if self.options.reduction == "none" or self._budget_is_tight():
             tokens, columns = self._token_loss(with_stats or callable(weights))
             return self._reduced(self._weighted(tokens, columns)), columns if with_stats else None
-        if callable(weights) and torch.compiler.is_compiling():
+        if callable(weights) and (torch.compiler.is_compiling() or self._is_half()):
             return self._statistics_first().evaluate(with_stats)
         total, columns = self._weighted_sum(with_stats)
         return self._over_count(total), columns
 
+    def _is_half(self) -> bool:
+        """Whether gradients may be rounded to fp16 on the way, where small weights need `safe_unit`."""
+        halves = [x.dtype == torch.float16 for x in self.student.tensors]
+        return any(halves) or self.packed.operand == "float16"
+
     def _statistics_first(self) -> "Call":
-        """The call with its weights as a tensor: a compiled graph cannot call a function of Python's."""
+        """The call with its weights as a tensor.
+
+        A compiled graph cannot call a function of Python's, and fp16 operands need all weights beforehand.
+        """
         with torch.no_grad():
             ones = torch.ones(self.lead.numel(), device=self.student.tensors[0].device)
             weights = self._weighted(ones, self.token_stats())
@@ -185,7 +201,8 @@ class Call:
             with torch.no_grad():
                 weights = _checked_weights(weights, TokenStats(*columns.unbind(1)))
         # Whatever a dead row's weight is, NaN too, it does not count.
-        return tokens * torch.where(self._live(tokens), weights.reshape(-1).to(tokens.dtype), 0.0)
+        weights = torch.where(self._live(tokens), weights.reshape(-1).to(tokens.dtype), 0.0)
+        return weighted(tokens, weights)
 
     def _live(self, tokens: Tensor) -> Tensor:
         """`[N]` bool: the rows that count."""
@@ -210,7 +227,9 @@ class Call:
             return total
         denominator = self.options.denominator
         if isinstance(denominator, Tensor):
-            return total / denominator.reshape(()).to(total.device, total.dtype)
+            # A CPU scalar divides on any device, without a copy that would wait.
+            device = denominator.device if denominator.device.type == "cpu" else total.device
+            return total / denominator.reshape(()).to(device, total.dtype)
         if denominator is not None:
             return total / denominator
         if self.rowwise.mask is not None:
@@ -219,12 +238,17 @@ class Call:
         return total / max(self.lead.numel() if rows is None else rows.numel(), 1)
 
     def _budget_is_tight(self) -> bool:
+        """Whether the budget is too small for design A, and slabs of columns can be taken instead."""
         head = self.student.tensors[1:2]
-        if self.options.grad_filter is not None or not (head and head[0].requires_grad):
+        slabs = self.packed.backend not in backends.WITHOUT_SLABS and self.packed.objective.support is None
+        if not slabs or needs_whole_rows(self.teacher) or self.options.grad_filter is not None:
+            return False
+        if not (head and head[0].requires_grad):
             return False
         row_bytes = self.student.vocab * accumulator_dtype(self.student, self.teacher).itemsize
+        rows = self.lead.numel() if self.rowwise.rows is None else self.rowwise.rows.numel()
         device = self.student.tensors[0].device.type
-        return plan.budget_is_tight(self.packed.workspace_bytes, self.lead.numel(), row_bytes, device)
+        return plan.budget_is_tight(self.packed.workspace_bytes, rows, row_bytes, device)
 
     def _problem(self) -> Problem:
         return Problem.of(self.student, self.teacher, self.packed, self.rowwise)
@@ -260,6 +284,11 @@ def _checked_weights(function: Callable[[TokenStats], Tensor], stats: TokenStats
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(
             f"token_weight: expected the function to return a tensor of shape {tuple(expected)}; got {shape}"
+        )
+    if checks.readable(weights) and weights.isnan().any() and stats.student_logprob.isnan().all():
+        raise ValueError(
+            "token_ids: expected the sampled tokens, since without their log-probabilities the token_weight "
+            "function returned NaN; got None"
         )
     return weights
 

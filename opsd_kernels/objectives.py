@@ -72,7 +72,8 @@ class Objective:
     def __post_init__(self) -> None:
         if self.divergence not in divergences.table():
             known = ", ".join(divergences.table())
-            raise ValueError(f"divergence: expected one of {known}; got {self.divergence!r}")
+            hint = "" if self.divergence not in _NAMED else f" (write {_NAMED[self.divergence]!r})"
+            raise ValueError(f"divergence: expected one of {known}; got {self.divergence!r}{hint}")
         if not _is_number(self.beta) or not 0 <= self.beta <= 1:
             raise ValueError(f"beta: expected a number in [0, 1]; got {self.beta!r}")
         if self.support is not None and not isinstance(self.support, Support):
@@ -118,5 +119,7 @@ def get_objective(objective: str | Objective) -> Objective:
         return _NAMED[objective]
     close = difflib.get_close_matches(str(objective), _NAMED, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
+    if isinstance(objective, str) and objective in divergences.table():
+        hint = f" (write Objective({objective!r}))"
     expected = f"an Objective or one of {', '.join(_NAMED)}"
     raise ValueError(f"objective: expected {expected}; got {objective!r}{hint}")

@@ -8,6 +8,7 @@ scales.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -72,14 +73,14 @@ def _problem(
     s, t, options = packing.unpack(text, student, teacher)
     problem = Problem.of(s, t, options, Rowwise(*rowwise))
     if options.weigher is not None:
-        object.__setattr__(problem, "weigher", _weighers[options.weigher])
+        problem = replace(problem, weigher=_weighers[options.weigher])
     return problem, backends.load(options.backend, problem.device, problem.dtype)
 
 
 def spread(problem: Problem, stats: dict[str, Tensor]) -> Tensor:
     """`[N, fields]` fp32 token statistics, 0 at dead rows."""
     if not stats:
-        return torch.zeros(problem.total_rows, len(STATS), device=problem.device)
+        return torch.zeros(problem.total_rows, len(STATS), dtype=torch.float32, device=problem.device)
     return problem.scatter(torch.stack([stats[name].float() for name in STATS], dim=1))
 
 

@@ -142,7 +142,8 @@ class LogLinear(_Combined):
     Where every stream has the same head (tensor, bias and scale) and no soft-cap, the *hidden states* are
     mixed and one matrix product makes the teacher's logits, however many streams there are. The mixture is
     formed in fp32 and rounded once to the dtype in which the device multiplies it with the head (on a CPU
-    that is fp32). Streams over the student's own tensors (detach them) cost no product either way.
+    that is fp32). Streams over the student's own tensors (detached, and with token dimensions that flatten
+    without a copy) cost no product either way.
 
     Args:
         streams: pairs `(a_k, source_k)`; a_k is a number or a float tensor `[...]`, of any sign; the sources

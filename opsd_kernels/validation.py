@@ -49,7 +49,8 @@ def as_teacher(name: str, value: Any, weight: Tensor | None) -> Teacher:
         right: bool = isinstance(part, STREAMS[type(value)])
         if not right:
             known = ", ".join(kind.__name__ for kind in STREAMS[type(value)])
-            raise ValueError(f"{here}: expected {known}; got {type(part).__name__}")
+            hint = ": wrap it as Hidden(hidden, weight)" if isinstance(part, Tensor) else ""
+            raise ValueError(f"{here}: expected {known}; got {type(part).__name__}{hint}")
         as_teacher(here, part, None)
         _check_alike(here, part, parts[0])
     if isinstance(value, Routed):
@@ -233,12 +234,13 @@ def _check_support_ids(
     given = objective.support is not None and objective.support.of == "given"
     if given != (ids is not None):
         expected = "the entries [..., K] of the support that is 'given'" if given else "None"
-        raise ValueError(f"support_ids: expected {expected}; got {type(ids).__name__}")
+        raise ValueError(f"support_ids: expected {expected}; got {'None' if given else 'a tensor'}")
     if ids is None:
         return
     if not isinstance(ids, Tensor) or ids.dim() != len(lead) + 1 or ids.shape[-1] == 0:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"support_ids: expected shape {(*lead, 'K')}; got {shape}")
+        expected = ", ".join(map(str, (*lead, "K")))
+        raise ValueError(f"support_ids: expected shape ({expected}); got {shape}")
     check_rows("support_ids", ids, torch.Size((*lead, ids.shape[-1])), device, IDS)
     check_ids("support_ids", _that_count(ids, lead, options), -1, vocab)  # -1 stands for none
 
@@ -247,6 +249,8 @@ def _check_filter(options: Any, student: Source) -> None:
     if options.grad_filter is None:
         return
     check_positive("grad_filter", options.grad_filter)
+    if options.grad_filter >= 1:
+        raise ValueError(f"grad_filter: expected eps below 1, as 2**-14; got {options.grad_filter}")
     if not isinstance(student, Hidden):
         raise ValueError(f"grad_filter: expected None for logits; got {options.grad_filter}")
     if options.reduction == "none":
@@ -272,6 +276,7 @@ def _check_hidden(name: str, source: Hidden) -> None:
         raise ValueError(
             f"{name}.hidden: expected last dimension H = {source.weight.shape[1]} of weight "
             f"{tuple(source.weight.shape)}; got {tuple(source.hidden.shape)}"
+            + (" (is the weight transposed?)" if source.hidden.shape[-1] == source.weight.shape[0] else "")
         )
     if source.bias is not None:
         _check_floats(f"{name}.bias", source.bias, "[V]", dims=1)
@@ -284,7 +289,8 @@ def _check_hidden(name: str, source: Hidden) -> None:
 
 def _check_floats(name: str, tensor: Any, shape: str, dims: int | None) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: expected a tensor {shape}; got {type(tensor).__name__}")
+        hint = " (pass its .weight)" if isinstance(tensor, torch.nn.Module) else ""
+        raise ValueError(f"{name}: expected a tensor {shape}; got {type(tensor).__name__}{hint}")
     if hasattr(tensor, "device_mesh"):
         raise ValueError(
             f"{name}: expected a plain tensor {shape}; got a DTensor: gather it with .full_tensor() first"

@@ -9,10 +9,31 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opsd_kernels import Hidden, TokenStats, get_objective, loss, loss_and_stats
-from opsd_kernels.engine import packing
+from opsd_kernels import (
+    Hidden,
+    Logits,
+    Mixture,
+    Objective,
+    Support,
+    TokenStats,
+    get_objective,
+    loss,
+    loss_and_stats,
+    token_stats,
+)
+from opsd_kernels.call import Call, LossOptions
+from opsd_kernels.engine import packing, plan, projection
 from opsd_kernels.engine.projection import Projection
-from opsd_kernels.testing import Case, evaluate, hidden_case, hidden_sources, relative_error, upstream_of
+from opsd_kernels.testing import (
+    Case,
+    evaluate,
+    hidden_case,
+    hidden_sources,
+    logits_case,
+    logits_of,
+    relative_error,
+    upstream_of,
+)
 
 
 @pytest.mark.parametrize("how", ["denominator", "token weights", "per token"])
@@ -150,3 +171,77 @@ def test_a_compiled_filter_beside_a_weighting_function() -> None:
         torch.testing.assert_close(found, eager)
     assert results[0][1].max() > 0
     torch._dynamo.reset()
+
+
+def test_mixtures_of_logits_with_an_offset() -> None:
+    """log sum exp rounded to the size of the logits would cost digits."""
+    case = logits_case(16, 301, gap=1.0)
+    z_s, z_t = (z + 100.0 for z in logits_of(case))
+    errors = []
+    for offset in (0.0, 100.0):
+        student, one, two = (Logits((z + offset - 100.0).float()) for z in (z_s, z_t, z_t.flip(0)))
+        outcome = evaluate(loss, Case(student, Mixture([(0.5, one), (0.5, two)])))
+        wide = (Logits(source.z.double()) for source in (student, one, two))
+        s, a, b = wide
+        exact = evaluate(partial(loss, backend="reference"), Case(s, Mixture([(0.5, a), (0.5, b)])))
+        errors.append(relative_error(outcome.gradients["z"], exact.gradients["z"]))
+    assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("how", ["function", "rows", "per token"])
+def test_an_infinite_loss_of_weight_0_does_not_count(how: str) -> None:
+    z_s, z_t = torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(0)).unbind(0)
+    z_t[1, 3] = -torch.inf  # infinite under the reverse KL
+    options: dict[str, Any] = {"objective": "reverse_kl", "reduction": "sum"}
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    expected = loss(Logits(z_s), Logits(z_t), mask=weight > 0, **options)
+    if how == "function":
+        found = loss(
+            Logits(z_s), Logits(z_t), token_weight=lambda s: s.reverse_kl.isfinite().float(), **options
+        )
+    elif how == "rows":
+        found = loss(Logits(z_s), Logits(z_t), token_weight=weight, rows=torch.arange(4), **options)
+    else:
+        options["reduction"] = "none"
+        found = loss(Logits(z_s), Logits(z_t), token_weight=weight, rows=torch.arange(4), **options).sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_statistics_of_no_rows_are_fp32() -> None:
+    case = hidden_case(4, 30, 8).to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        stats = token_stats(case.student, case.teacher, mask=torch.zeros(4, dtype=torch.bool))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in stats} == {torch.float32}
+
+
+@pytest.mark.parametrize("what", ["support", "mixture", "few live rows"])
+def test_a_tight_budget_takes_slabs_only_where_they_help(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Design A has 4 GEMMs a chunk; where slabs cannot be taken, design B would have 6."""
+    monkeypatch.setattr(plan, "FEWEST_ROWS_TRAINABLE_HEAD", {"cpu": 8})
+    case = hidden_case(16, 50, 8).to(torch.float32).having(workspace_bytes=2 * 4 * 50 * 4)
+    student, teacher = hidden_sources(case)
+    student = replace(student, weight=student.weight.detach().requires_grad_())
+    options: dict[str, Any] = dict(case.options)
+    if what == "support":
+        options["objective"] = Objective(support=Support(3))
+    elif what == "few live rows":
+        options["rows"] = torch.arange(4)
+    mixed = Mixture([(0.5, teacher), (0.5, teacher)]) if what == "mixture" else teacher
+    call = Call.of(student, mixed, None, LossOptions(**options))
+    assert not call._budget_is_tight()
+    assert Call.of(student, teacher, None, LossOptions(**case.options))._budget_is_tight()
+
+
+def test_small_weights_of_a_function_keep_fp16_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "keeps_operands", lambda device: True)
+    case = hidden_case(16, 300, 16).to(torch.float16).having(reduction="sum", objective="forward_kl")
+    weights = torch.linspace(0.5, 1, 16) * 1e-7
+    results = []
+    for given in (weights, lambda stats: weights[: len(stats.jsd)]):
+        outcome = evaluate(loss, case.having(token_weight=given), torch.tensor(1e7))
+        results.append(outcome.gradients["hidden"])
+    assert results[0].abs().max() > 1e-3
+    torch.testing.assert_close(results[1], results[0])

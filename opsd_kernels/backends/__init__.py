@@ -3,9 +3,8 @@
 A backend other than `reference` is a module with functions over the logits of a chunk of rows: `row_loss`,
 `row_gradient_`, `slab_gradient_` and `row_stats`; for supports `normalisers` and `softmax_gradient_`; for the
 column filter `live_columns` (see `backends/torch` for their contracts). Beside them `LogitsStore`, which
-holds a chunk's logits, `SLABS`, whether it can take columns of rows on their own, and
-`unsupported(device, dtype)`, which says where it cannot run. A new one is a folder here and a line in
-`BACKENDS`.
+holds a chunk's logits, and `unsupported(device, dtype)`, which says where it cannot run. A new one is a
+folder here and a line in `BACKENDS`.
 """
 
 import importlib
@@ -20,6 +19,8 @@ BACKENDS = {
     "triton": "opsd_kernels.backends.triton",
     "triton_paired": "opsd_kernels.backends.triton.paired_store",
 }
+# Those that cannot take some columns of rows on their own, as a loss per token needs it.
+WITHOUT_SLABS = ("triton_paired",)
 
 
 def choose(backend: str, device: torch.device) -> str:

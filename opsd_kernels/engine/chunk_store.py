@@ -73,7 +73,7 @@ def loss_and_gradients(
             weight = problem.weigher(stats).to(problem.dtype)
         coefficient = (weight if unit is None else weight / unit) * chunks.student.slope
         losses, dz = row_gradient_(problem, backend, z_s, z_t, span, coefficient, form)
-        loss += (losses * weight).sum()  # autocast would round the operands of `@`
+        loss += weighted(losses, weight).sum()  # autocast would round the operands of `@`
         eps = problem.options.grad_filter
         if eps is None:
             gradients.add_(chunks.student, dz, span)
@@ -98,7 +98,7 @@ def loss_only(problem: Problem, backend: ModuleType, with_stats: bool = False) -
             parts.append(row_stats(problem, backend, z_s, z_t, span))
         if problem.weigher is not None:
             weight = problem.weigher(parts[-1]).to(problem.dtype)
-        loss += (row_loss(problem, backend, z_s, z_t, span) * weight).sum()
+        loss += weighted(row_loss(problem, backend, z_s, z_t, span), weight).sum()
     return Results(loss, [], joined(parts) if with_stats else {})
 
 
@@ -110,6 +110,11 @@ def token_stats(problem: Problem, backend: ModuleType) -> dict[str, Tensor]:
         z_s, z_t = chunks.store.fill_(span)
         parts.append(row_stats(problem, backend, z_s, z_t, span))
     return joined(parts)
+
+
+def weighted(losses: Tensor, weight: Tensor) -> Tensor:
+    """losses * weight, and 0 where the weight is: an infinite loss that does not count is no NaN."""
+    return torch.where(weight == 0, 0.0, losses * weight)
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from opsd_kernels.sources import Hidden, Logits, Source
 
+NARROW = (torch.float16, torch.bfloat16)
+
 
 def keeps_operands(device: torch.device) -> bool:
     """Whether the device multiplies 2-byte operands into an fp32 result: there they are never widened."""
@@ -19,7 +21,7 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     On CUDA 2-byte operands stay as they are and the GEMM emits fp32: casting them would run it at the fp32
     rate. Elsewhere the operands are cast, since no such GEMM exists; those in `out`'s dtype cost nothing.
     """
-    if out.is_cuda and a.dtype == b.dtype != out.dtype:
+    if out.is_cuda and a.dtype == b.dtype and a.dtype in NARROW and out.dtype == torch.float32:
         if accumulate:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:

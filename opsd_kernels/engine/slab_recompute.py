@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from opsd_kernels.backends import WITHOUT_SLABS
 from opsd_kernels.engine import chunk_store, plan
 from opsd_kernels.engine.chunk_store import Chunks
 from opsd_kernels.engine.gradients import Gradients, safe_unit
@@ -26,7 +27,7 @@ def forward(problem: Problem, backend: ModuleType, with_stats: bool) -> tuple[Te
 
     Where the backward will walk whole rows, only the losses are kept.
     """
-    if not backend.SLABS:
+    if problem.options.backend in WITHOUT_SLABS:
         raise ValueError(
             f"backend: expected 'triton' or 'torch' for a loss per token; got {problem.options.backend!r}"
         )

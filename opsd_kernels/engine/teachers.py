@@ -1,5 +1,6 @@
 """The teacher's logits: of one source, of several combined, or of another one for every row."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -174,8 +175,11 @@ class MixtureLogits:
             stream.logits_(scratch, span, columns, z_s)
             top = scratch.amax(-1, keepdim=True)
             total = (scratch - top).exp_().sum(-1, keepdim=True, dtype=torch.float64)
-            w = torch.as_tensor(_factor(factor, self.setting, span), dtype=out.dtype, device=out.device)
-            scratch += w.log() - top - total.log().to(out.dtype)
+            w = _factor(factor, self.setting, span)
+            log_w = w.log() if isinstance(w, Tensor) else math.log(w) if w > 0 else -math.inf
+            # The maximum is taken off first: a sum rounded to the size of the logits would cost digits.
+            scratch -= top
+            scratch -= total.log().to(out.dtype) - log_w
             torch.logaddexp(out, scratch, out=out)
 
 

@@ -18,7 +18,6 @@ from opsd_kernels.backends.torch.rows import (
 from opsd_kernels.engine.logits_store import DenseStore as LogitsStore
 
 __all__ = [
-    "SLABS",
     "LogitsStore",
     "live_columns",
     "normalisers",
@@ -29,9 +28,6 @@ __all__ = [
     "softmax_gradient_",
     "unsupported",
 ]
-
-# Whether a slab of columns can be taken on its own (`slab_gradient_`).
-SLABS = True
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -19,7 +19,6 @@ from opsd_kernels.backends.triton.rows import (
 from opsd_kernels.engine.logits_store import DenseStore as LogitsStore
 
 __all__ = [
-    "SLABS",
     "LogitsStore",
     "live_columns",
     "normalisers",
@@ -31,14 +30,11 @@ __all__ = [
     "unsupported",
 ]
 
-# Whether a slab of columns can be taken on its own (`slab_gradient_`).
-SLABS = True
-
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run there, as `"on cpu"`; None if they can."""
     if dtype != torch.float32:
         return f"for {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"on {device.type}"
+        return f"on {device.type} (a GPU, or TRITON_INTERPRET=1 for Triton's interpreter)"
     return None

@@ -24,7 +24,6 @@ from opsd_kernels.engine.teachers import LogitsSource, same_head
 from opsd_kernels.sources import Hidden
 
 __all__ = [
-    "SLABS",
     "LogitsStore",
     "live_columns",
     "normalisers",
@@ -35,8 +34,6 @@ __all__ = [
     "softmax_gradient_",
     "unsupported",
 ]
-
-SLABS = False
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,6 @@ class TiledSide:
         """fp32 logits `[C, K]` of the columns `ids`, as `torch.gather` of dense ones."""
         return self.values.gather(dim, ids).float() + self.tops.gather(dim, ids // self.tile)
 
-    def dense(self) -> Tensor:
-        """`[C, V]` fp32 logits, a new tensor."""
-        z = self.values.unflatten(1, (-1, self.tile)) + self.tops[..., None]
-        return z.flatten(1)[:, : self.vocab]
-
     def gradient_memory(self, dtype: torch.dtype) -> Tensor:
         """`[C, V]` for the gradient: the values' own memory if it takes 2 bytes an entry."""
         if dtype.itemsize == self.values.element_size():
