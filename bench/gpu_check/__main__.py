@@ -45,7 +45,7 @@ def _plan() -> Plan:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default 9)")
     parser.add_argument("--stages", nargs="+", choices=names, default=names, help="all by default")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: small sizes")
     parser.add_argument("--self-test", action="store_true", help="plants faults: the checks must fail")
