@@ -401,13 +401,3 @@ def assert_compile(jobs: list[tuple[str, str, bool, bool, int, bool]]) -> None:
 @pytest.mark.parametrize("arch", SHARED)
 def test_compiles(arch: str) -> None:
     assert_compile([(arch, "bf16", False, False, 4096, True)])
-
-
-@SLOW
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_every_variant_compiles(arch: str, dtype: str) -> None:
-    """H a multiple of the blocks, with rows aligned and not; a multiple of 16; of nothing."""
-    widths = ((4096, True), (4096, False), (4112, True), (4095, False))
-    flags = [(bias, softcap) for bias in (False, True) for softcap in (False, True)]
-    assert_compile([(arch, dtype, *flag, *width) for flag in flags for width in widths])

@@ -40,6 +40,8 @@ UNTOUCHED = 77.0  # what memory around the logits holds before and after
 NEAR_A_CLIP = 1e-4
 LEAST_MASS = 1e-28
 EPS = torch.finfo(torch.float32).eps
+# Where numbers are subnormal each of a few roundings is one of the smallest numbers there are.
+SUBNORMALS = 4
 
 
 @contextmanager
@@ -192,7 +194,7 @@ def tolerances(rows: Rows, expected: Tensor, truth: Tensor) -> tuple[Tensor, Ten
         entry = entry + truth.abs() * (bound / objective.token_clip)[:, None]
     info = torch.finfo(rows.form.dtype)
     rounding = info.eps if rows.form.dtype == torch.bfloat16 else info.eps / 2  # truncated
-    return bound, entry + truth.abs() * rounding + info.smallest_normal * info.eps
+    return bound, entry + truth.abs() * rounding + SUBNORMALS * info.smallest_normal * info.eps
 
 
 def loss_is_defined(rows: Rows) -> Tensor:

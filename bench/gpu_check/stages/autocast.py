@@ -49,7 +49,7 @@ def _run(setting: Setting, backend: str, reduction: str, hidden: str, seed: int)
         found, eager = _outcome(partial(ours, backend), inputs), _outcome(linear, inputs)
     errors = []
     for name, expected in exact.gradients.items():
-        accurate(name, found.gradients[name], expected, eager.gradients[name])
+        accurate(name, found.gradients[name], expected, eager.gradients[name], backend)
         errors.append(f"{name} {_error(found.gradients[name], expected):.1e}")
     tokens = {**options, "reduction": "none"}
     with torch.no_grad():
@@ -58,7 +58,7 @@ def _run(setting: Setting, backend: str, reduction: str, hidden: str, seed: int)
             errors_of_tokens = (linear(*inputs, **tokens) - exact_tokens).abs()
     # The errors of eager's tokens may cancel in its mean, which is luck and no yardstick.
     yardstick = eager.loss if reduction == "none" else exact.loss + errors_of_tokens.mean()
-    accurate("loss", found.loss, exact.loss, yardstick)
+    accurate("loss", found.loss, exact.loss, yardstick, backend)
     off, theirs = _error(found.loss, exact.loss), float(errors_of_tokens.mean() / exact_tokens.mean())
     return f"relative error: loss {off:.1e} (nn.Linear {theirs:.1e}), {', '.join(errors)}"
 

@@ -117,12 +117,12 @@ def _as_sliced(f: Feature, padded: Case, sliced: Case, keep: torch.Tensor) -> No
     eager = evaluate(eager_loss, sliced, upstream)
     errors = (evaluate(eager_loss, tokens).loss - evaluate(_reference, tokens.to(torch.float64)).loss).abs()
     yardstick = eager.loss if actual.loss.dim() else truth.loss + errors.sum()
-    accurate("loss", actual.loss, truth.loss, yardstick)
+    accurate("loss", actual.loss, truth.loss, yardstick, f.backend)
     for name, gradient in actual.gradients.items():
         if name != "hidden":
             assert (gradient[~keep] == 0).all(), f"d{name}: not zero outside the vocabulary"
             gradient = gradient[keep]
-        accurate(f"d{name}", gradient, truth.gradients[name], eager.gradients[name])
+        accurate(f"d{name}", gradient, truth.gradients[name], eager.gradients[name], f.backend)
 
 
 def _reference(*sources: Any, **options: Any) -> torch.Tensor:
@@ -165,7 +165,7 @@ def frozen_head(f: Feature) -> None:
         f.loss(replace(source, **frozen), case.teacher, **case.options).backward()  # type: ignore[arg-type]
         gradient = leaves[trained].grad
         assert gradient is not None, f"d{trained}: missing"
-        accurate(f"d{trained}", gradient, truth.gradients[trained], eager.gradients[trained])
+        accurate(f"d{trained}", gradient, truth.gradients[trained], eager.gradients[trained], f.backend)
 
 
 def nothing_counts(f: Feature) -> None:

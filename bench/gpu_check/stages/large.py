@@ -63,7 +63,7 @@ def _late_sum(backend: str) -> str:
     fused(backend)(student, case.teacher, **case.options).backward()
     found = leaves["hidden"].grad
     assert found is not None
-    return _compare({"dhidden": found[-LATE:]}, case, torch.ones((), device="cuda"))
+    return _compare({"dhidden": found[-LATE:]}, case, torch.ones((), device="cuda"), backend)
 
 
 def _late_tokens(backend: str) -> str:
@@ -79,10 +79,10 @@ def _late_tokens(backend: str) -> str:
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         results[f"d{name}"] = leaf.grad[-LATE:] if name == "hidden" else leaf.grad
-    return _compare(results, case, upstream[-LATE:])
+    return _compare(results, case, upstream[-LATE:], backend)
 
 
-def _compare(found: dict[str, torch.Tensor], case: Case, upstream: torch.Tensor) -> str:
+def _compare(found: dict[str, torch.Tensor], case: Case, upstream: torch.Tensor, backend: str) -> str:
     """The rule on the late rows; alone they are a small case, and a reference in fp64 fits."""
     alone = _late(case).having(workspace_bytes=None)
     truth = evaluate(partial(loss, backend="reference"), alone.to(torch.float64), upstream)
@@ -90,7 +90,8 @@ def _compare(found: dict[str, torch.Tensor], case: Case, upstream: torch.Tensor)
     errors = []
     for name, actual in found.items():
         expected = truth.loss if name == "loss" else truth.gradients[name[1:]]
-        accurate(name, actual, expected, eager.loss if name == "loss" else eager.gradients[name[1:]])
+        usual = eager.loss if name == "loss" else eager.gradients[name[1:]]
+        accurate(name, actual, expected, usual, backend)
         errors.append(f"{name} {float((actual.double() - expected).norm() / expected.norm()):.1e}")
     peak = torch.cuda.max_memory_allocated() / 2**30
     return f"relative error of the last {LATE} rows: {', '.join(errors)}; peak {peak:.0f} GiB"
