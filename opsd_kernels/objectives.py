@@ -15,7 +15,8 @@ class Support:
     """The K vocabulary entries of a token over which the divergence is taken, instead of all V.
 
     Args:
-        k: entries per token; of each side for `"union"` and `"intersection"`; None for `"given"`.
+        k: entries per token, at most V; of each side for `"union"` and `"intersection"`; None for `"given"`,
+            where an entry that is given twice counts once.
         of: whose most likely entries: `"student"`, `"teacher"`, the `"union"` or `"intersection"` of both,
             or those `"given"` by `loss(support_ids=...)`.
         rest: what happens to the other entries. `"tail"`: they count as one more entry with their exact mass,
