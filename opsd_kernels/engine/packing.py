@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -62,9 +63,14 @@ def pack(student: Source, teacher: Teacher, options: Options) -> str:
     )
 
 
+# Python 3.11's parser of literals fails now and then if two threads are in it at once.
+_PARSING = Lock()
+
+
 @lru_cache(maxsize=256)
 def _literal(text: str) -> Any:
-    return ast.literal_eval(text)
+    with _PARSING:
+        return ast.literal_eval(text)
 
 
 def unpack(text: str, student: list[Tensor], teacher: list[Tensor]) -> tuple[Source, Teacher, Options]:
