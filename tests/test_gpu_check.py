@@ -15,6 +15,7 @@ import torch
 from bench.gpu_check import rule, supervisor
 from bench.gpu_check.report import FAIL, PASS, SKIP, Report
 from bench.gpu_check.setting import Skip
+from bench.gpu_check.stages import fuzz
 from bench.gpu_check.stages.sanitizer import verdict_of
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,16 @@ def test_logits_of_two_bytes_have_bounds_of_their_own() -> None:
     for name, wrong in (("dx", expected * 1.02), ("loss", expected * 1.01), ("dx", expected * torch.nan)):
         with pytest.raises(AssertionError, match=f"{name}: "):
             rule.accurate(name, wrong, expected, expected, "triton_paired")
+
+
+def test_a_backend_that_refuses_every_random_case_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(case: object, backend: str) -> None:
+        raise ValueError("backend: expected another one")
+
+    monkeypatch.setattr(fuzz, "case_accurate", refuse)
+    monkeypatch.setattr(fuzz, "draw", lambda *seeds: (None, "a case"))
+    with pytest.raises(Skip, match="refused all 1 cases"):
+        fuzz._fuzz(None, "triton", 0.0)  # type: ignore[arg-type]
 
 
 def test_an_unlucky_check_has_to_pass_at_two_more_seeds() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.gpu_check.rule import Unlucky, case_accurate
-from bench.gpu_check.setting import DTYPES, Check, Setting, on, per_backend, short
+from bench.gpu_check.setting import DTYPES, Check, Setting, Skip, on, per_backend, short
 from bench.gpu_check.stages.conformance import OBJECTIVES
 from opsd_kernels.testing import Case, hidden_case, logits_case
 
@@ -47,6 +47,8 @@ def _fuzz(setting: Setting, backend: str, seconds: float) -> str:
                     break
                 raise AssertionError(f"case {number}, seed {seed} ({text}): {error}") from error
         number += 1
+    if refused == number:
+        raise Skip(f"backend: refused all {number} cases")
     return f"{number} cases, {unlucky} of them drawn anew, {refused} refused"
 
 
