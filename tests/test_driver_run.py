@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts, tiny_trainer
 from opsd_train.cli import app
-from opsd_train.config import OPSDConfig, RunOptions
+from opsd_train.config import OPSDConfig
 from opsd_train.evaluate import same_number, same_text, wilson
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.options import parse
 from opsd_train.prompts import Prompt
 from opsd_train.record import load_run
+from opsd_train.run_options import RunOptions
 from opsd_train.trainer import OPSDTrainer
 
 METRICS = {

@@ -43,6 +43,7 @@ class StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the teacher."""
+        self.trainer.engine_behind = True
         self.trainer.teacher.after_optimizer_step()
         if self.trainer.pieces.exposure is not None:
             self.trainer.pieces.exposure.after_optimizer_step()

@@ -65,8 +65,9 @@ def train(
     teacher_prompt. Any further option of RunOptions and OPSDConfig can be given: --lora-rank 64,
     --gguf-file NAME, --learning-rate 1e-5 and so on; `opsd options` lists them.
     """
-    from opsd_train.config import OPSDConfig, RunOptions
+    from opsd_train.config import OPSDConfig
     from opsd_train.options import parse
+    from opsd_train.run_options import RunOptions
     from opsd_train.train import run
     from opsd_train.train import train as prepare
 
@@ -104,7 +105,8 @@ def options(
     """List the options that `opsd train`, `opsd demo` and their YAML files take."""
     from transformers import TrainingArguments
 
-    from opsd_train.config import OPSDConfig, RunOptions
+    from opsd_train.config import OPSDConfig
+    from opsd_train.run_options import RunOptions
 
     inherited = {field.name: field.default for field in fields(TrainingArguments)}
     table = Table("option", "default", "meaning")

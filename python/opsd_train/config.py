@@ -1,4 +1,4 @@
-"""Everything a run can be told, in two dataclasses."""
+"""Everything a run can be told beside the model and the data."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,30 +8,16 @@ from transformers import TrainingArguments
 
 import opsd_kernels
 from opsd_train import prompts, teachers
+from opsd_train.engines.config import EngineConfig
 from opsd_train.evaluate import MATCHES
 from opsd_train.method_config import MethodConfig, json_object, option
 from opsd_train.pieces_config import PiecesConfig
+from opsd_train.safety_config import SafetyConfig
+from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
-class RunOptions:
-    """Which model is trained on which data; how, `OPSDConfig` says."""
-
-    model: str = field(metadata={"help": "Local folder or hub id of a causal language model."})
-    data: str = field(metadata={"help": "Training rows, a .jsonl or .parquet file."})
-    eval_data: str | None = option(None, "Held-out rows with an `answer` or a `solution`.")
-    gguf_file: str | None = option(None, "Load this GGUF file of the model's folder.")
-    revision: str | None = option(None, "Commit, tag or branch of a hub id.")
-    dtype: str = option("float32", "Dtype of the weights: float32, bfloat16 or float16.")
-    lora_rank: int = option(
-        0, "Rank of LoRA adapters on all linear layers but the head; 0 trains every weight."
-    )
-    lora_alpha: float = option(32.0, "LoRA's alpha: updates scale with alpha / rank.")
-    lora_dropout: float = option(0.0, "Dropout in front of the LoRA adapters.")
-
-
-@dataclass
-class OPSDConfig(PiecesConfig, MethodConfig, TrainingArguments):
+class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
     Some defaults of the former are others here: 100 steps, an evaluation and a checkpoint every 20 of them, a
@@ -139,6 +125,9 @@ class OPSDConfig(PiecesConfig, MethodConfig, TrainingArguments):
         super().__post_init__()
         for name in ("student_chat_kwargs", "teacher_chat_kwargs"):
             setattr(self, name, json_object(name, getattr(self, name) or {}))
+        self.check_engine()
+        self.check_watch()
+        self.check_safety()
         self.check_method()
         self.check_pieces()
         self.to_objective()

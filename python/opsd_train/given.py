@@ -6,12 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_train.config import OPSDConfig, RunOptions
+from opsd_train.config import OPSDConfig
 from opsd_train.data import load_rows
 from opsd_train.demo.run import MODEL, PRESET
 from opsd_train.loading import load
 from opsd_train.options import parse
 from opsd_train.prompts import Encoder, Prompt
+from opsd_train.run_options import RunOptions
 
 DEFAULTS = ("--output_dir=opsd-unused",)
 

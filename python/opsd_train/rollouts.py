@@ -51,11 +51,17 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt and what the student wrote: its tokens up to and including the first end-of-sequence."""
+    """A prompt and what the student wrote: its tokens up to and including the first end-of-sequence.
+
+    `logprobs` are those of the engine that wrote them, at temperature 1, and `version` the optimizer steps of
+    its weights; see `engines.base.Completion`.
+    """
 
     prompt: Prompt
     completion: tuple[int, ...]
     truncated: bool
+    logprobs: tuple[float, ...] | None = None
+    version: int = 0
 
 
 @torch.no_grad()
@@ -99,18 +105,23 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> dict[str, torch.Tensor]
 
     `input_ids` [B, P + C] and `teacher_input_ids` [B, P_t + C]: the prompts padded on the left, then the very
     same completion ids padded on the right. `attention_mask` and `teacher_attention_mask` go with them;
-    `completion_mask` [B, C] is 1 at the completion's tokens, the end-of-sequence included.
+    `completion_mask` [B, C] is 1 at the completion's tokens, the end-of-sequence included. If an engine said
+    how likely they were, `engine_logprobs` [B, C] fp32 does too, 0 behind the completions.
     """
     completion, completion_mask = pad_right([r.completion for r in rollouts], pad_id)
     student, student_mask = pad_left([r.prompt.student_ids for r in rollouts], pad_id)
     teacher, teacher_mask = pad_left([r.prompt.teacher_ids for r in rollouts], pad_id)
-    return {
+    batch = {
         "input_ids": torch.cat([student, completion], dim=1),
         "attention_mask": torch.cat([student_mask, completion_mask], dim=1),
         "teacher_input_ids": torch.cat([teacher, completion], dim=1),
         "teacher_attention_mask": torch.cat([teacher_mask, completion_mask], dim=1),
         "completion_mask": completion_mask,
     }
+    said = [torch.tensor(r.logprobs) for r in rollouts if r.logprobs is not None]
+    if len(said) == len(rollouts):
+        batch["engine_logprobs"] = torch.nn.utils.rnn.pad_sequence(said, batch_first=True)
+    return batch
 
 
 def counted(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

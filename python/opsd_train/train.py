@@ -19,7 +19,7 @@ from opsd_kernels import get_method
 from opsd_train import record
 from opsd_train.backbone import causal_lm
 from opsd_train.checkpoints import newest_checkpoint
-from opsd_train.config import OPSDConfig, RunOptions
+from opsd_train.config import OPSDConfig
 from opsd_train.data import Row, load_rows
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import load, with_lora
@@ -27,6 +27,7 @@ from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
 from opsd_train.prompts import Encoder
 from opsd_train.record import RunRecord, load_run
 from opsd_train.report import write_report
+from opsd_train.run_options import RunOptions
 from opsd_train.trainer import OPSDTrainer
 
 Existing = Literal["error", "replace", "resume"]

@@ -18,6 +18,7 @@ from opsd_train.backbone import causal_lm, check_head, check_positions, completi
 from opsd_train.checkpoints import StepCallback, checkpoint_of
 from opsd_train.config import OPSDConfig
 from opsd_train.effopd import hold_back
+from opsd_train.engines.make import make_engine
 from opsd_train.meter import Meter, logs_next
 from opsd_train.method import MethodRun
 from opsd_train.offline_train import StoredReaders, StoredRollouts
@@ -25,7 +26,7 @@ from opsd_train.pieces import Pieces
 from opsd_train.prompts import Prompt
 from opsd_train.readers import Readers
 from opsd_train.record import Accuracy
-from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted, generate
+from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted
 from opsd_train.sampler import Repeated, parts_of
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers import Teacher, make_teacher
@@ -38,7 +39,7 @@ class OPSDTrainer(Trainer):
 
     One optimizer step is::
 
-        rollouts = generate(student, prompts)                     # get_batch_samples: for the whole step
+        rollouts = engine.write(prompts)                          # get_batch_samples: for the whole step
         for batch in micro_batches(rollouts):                     # compute_loss
             h_s = backbone(student, student_prompt + completion)  # hidden states of the completion alone
             h_t = backbone(teacher, teacher_prompt + completion)  # the very same tokens, no gradient
@@ -110,6 +111,8 @@ class OPSDTrainer(Trainer):
         self.pieces = Pieces(args, model, self.teacher, method, len(self.prompts), self._validate)
         self.add_callback(StepCallback(self))
         self.meter = Meter(args.device)
+        self.engine = make_engine(args, model, processing_class, self.vocabulary)
+        self.engine_behind = True  # its weights are not those of the student, as after every step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
@@ -232,12 +235,14 @@ class OPSDTrainer(Trainer):
     ) -> list[Rollout]:
         """Let the student complete every prompt."""
         seed = (self.config.seed, *stream)
-        ids = [prompt.student_ids for prompt in prompts]
-        completions = generate(causal_lm(self.student), ids, sampling, self.vocabulary, seed)
+        if self.engine_behind:
+            self.engine.follow(self.state.global_step)
+            self.engine_behind = False
+        written = self.engine.write([prompt.student_ids for prompt in prompts], sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
-            Rollout(prompt, completion, truncated=completion[-1] not in ends)
-            for prompt, completion in zip(prompts, completions, strict=True)
+            Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)
+            for prompt, one in zip(prompts, written, strict=True)
         ]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -274,7 +279,10 @@ class OPSDTrainer(Trainer):
     def _validate(self) -> float:
         """Greedy accuracy on the rows held back."""
         greedy = dataclasses.replace(self.sampling, temperature=0.0)
-        return self._accuracy(self.validation, greedy)["accuracy"]
+        self.engine_behind = True  # the search moves the weights between steps
+        found = self._accuracy(self.validation, greedy)["accuracy"]
+        self.engine_behind = True
+        return found
 
     def train(
         self,

@@ -1,0 +1,58 @@
+"""What every engine that writes rollouts does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opsd_train.rollouts import Sampling
+
+
+class EngineError(RuntimeError):
+    """The engine died, stalled, or does not have the student's weights; the run cannot go on."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the student wrote after a prompt.
+
+    Args:
+        tokens: up to and including the first end-of-sequence.
+        logprobs: of each token as the engine saw them, natural, at temperature 1 and over the whole
+            vocabulary, whatever it was sampled with; None if the engine does not say.
+        version: optimizer steps of the weights that wrote it.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    version: int = 0
+
+
+class Engine:
+    """Writes completions with the student's weights of the last `follow`."""
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+    ) -> list[Completion]:
+        """Complete every prompt.
+
+        Args:
+            prompts: token ids.
+            sampling: how tokens are drawn.
+            seed: what the random numbers are determined by, where the engine can be told.
+
+        Raises:
+            EngineError: the engine died or did not answer in time.
+        """
+        raise NotImplementedError
+
+    def follow(self, version: int) -> None:
+        """Take over the student's weights, after `version` optimizer steps.
+
+        Raises:
+            EngineError: the weights did not arrive.
+        """
+
+    def rest(self) -> None:
+        """Rollouts are written for now: make room for training."""
+
+    def close(self) -> None:
+        """End what was started; nothing may be left running. May be called twice."""

@@ -1,0 +1,33 @@
+"""Rollouts by transformers' `generate`: the training model itself writes, so there is nothing to send."""
+
+from collections.abc import Sequence
+
+import torch
+
+from opsd_train.backbone import causal_lm
+from opsd_train.engines.base import Completion, Engine
+from opsd_train.rollouts import Sampling, Vocabulary, generate
+
+
+class HFEngine(Engine):
+    """The model in training.
+
+    Args:
+        student: a causal language model, or a PEFT model of one.
+        vocabulary: its special tokens.
+    """
+
+    def __init__(self, student: torch.nn.Module, vocabulary: Vocabulary) -> None:
+        self.student, self.vocabulary = student, vocabulary
+        self.version = 0
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+    ) -> list[Completion]:
+        """A function of the weights, the prompts, `sampling` and `seed`."""
+        written = generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed)
+        return [Completion(tokens, version=self.version) for tokens in written]
+
+    def follow(self, version: int) -> None:
+        """The weights are here already."""
+        self.version = version
