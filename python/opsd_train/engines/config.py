@@ -18,7 +18,7 @@ class EngineConfig:
     )
     rollout_stall_seconds: float = option(
         30.0,
-        "The run ends if the engine makes no progress for so long: no step of generation, no weight taken over.",
+        "The run ends if the engine makes no progress for so long: no step, no weight taken over.",
     )
     rollout_start_seconds: float = option(
         600.0, "The run ends if the engine has not started after this long."

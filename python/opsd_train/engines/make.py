@@ -3,7 +3,6 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Engine
 from opsd_train.engines.hf import HFEngine
@@ -32,12 +31,5 @@ def make_engine(
     if config.rollouts == "hf":
         return HFEngine(student, vocabulary)
     if config.rollouts == "vllm":
-        return VLLMEngine(config, student, vocabulary, longest(config, student), config.seed)
+        return VLLMEngine(config, student, vocabulary)
     raise NotImplementedError(config.rollouts)
-
-
-def longest(config: OPSDConfig, student: torch.nn.Module) -> int:
-    """Tokens of the longest prompt and completion together that the budgets and the model allow."""
-    budget = config.max_prompt_length + config.max_completion_length
-    positions = getattr(causal_lm(student).config.get_text_config(), "max_position_embeddings", None)
-    return budget if positions is None else min(budget, positions)

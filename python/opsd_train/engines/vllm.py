@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in this process: its own copy of the model, sent the student's weights after every step."""
+"""Rollouts by vLLM in this process: a copy of the model that is sent the student's weights."""
 
 import copy
 import importlib
@@ -7,27 +7,20 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import psutil
 import torch
-from packaging.version import Version
 
 from opsd_train.backbone import causal_lm
+from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine, EngineError
-from opsd_train.engines.config import EngineConfig
+from opsd_train.engines.installed import installed
 from opsd_train.engines.surroundings import determined, undisturbed
 from opsd_train.engines.watchdog import Beat, Watchdog, end_processes
 from opsd_train.engines.weights import Named, tied_head, weights_of, whole
 from opsd_train.rollouts import Sampling, Vocabulary, until_end
 
-OLDEST = "0.31"  # the first that runs beside the transformers that the driver needs
-USED = {
-    "LLM": ("collective_rpc", "reset_prefix_cache", "sleep", "wake_up"),
-    "LLMEngine": ("add_request", "step", "has_unfinished_requests"),
-    "SamplingParams": (),
-}
 # In this process, so that the weights need not travel; quiet; telling nobody.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -48,25 +41,21 @@ class VLLMEngine(Engine):
     crash on it.
 
     Args:
-        config: how it is started.
+        config: the run's: how vLLM is started, its device and the longest prompt and completion.
         student: the model in training.
         vocabulary: its special tokens.
-        max_length: tokens of the longest prompt and completion together.
-        seed: vLLM's own.
+
+    Raises:
+        ValueError: vLLM is not installed, or this model, its adapters or the settings are not for it.
+        EngineError: it did not start.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        student: torch.nn.Module,
-        vocabulary: Vocabulary,
-        max_length: int,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, config: OPSDConfig, student: torch.nn.Module, vocabulary: Vocabulary) -> None:
+        _check_temperature(config.temperature)
         self.config, self.student, self.vocabulary = config, student, vocabulary
-        self.version, self.max_length = 0, max_length
+        self.version, self.max_length = 0, longest(config, student)
         self.watchdog = Watchdog(config.rollout_stall_seconds)
-        self.device = causal_lm(student).device
+        self.device = config.device
         self.on_gpu = self.device.type != "cpu"
         self.entries = causal_lm(student).get_output_embeddings().weight.shape[0]
         # A reload renews one of two layers that share a weight, and CPU builds repack the head's: untie them.
@@ -79,10 +68,10 @@ class VLLMEngine(Engine):
         self._owns_group = not torch.distributed.is_initialized()
         before = set(psutil.Process().children(recursive=True))
         with self.watchdog.watching("starting", config.rollout_start_seconds):
-            self._llm: Any = self._start(seed)
+            self._llm: Any = self._start()
         self._processes = set(psutil.Process().children(recursive=True)) - before
 
-    def _start(self, seed: int) -> Any:
+    def _start(self) -> Any:
         model = causal_lm(self.student)
         described = copy.deepcopy(model.config)
         described.architectures = [type(model).__name__]
@@ -92,7 +81,7 @@ class VLLMEngine(Engine):
             self._vllm = installed()
             described.save_pretrained(folder)
             try:
-                return self._vllm.LLM(model=folder, seed=seed, **self._options())
+                return self._vllm.LLM(model=folder, **self._options())
             except ValueError as error:
                 raise ValueError(
                     f"rollouts: expected a model and settings that vLLM can start with; it says: {error}"
@@ -113,6 +102,7 @@ class VLLMEngine(Engine):
             "dtype": dtype if config.vllm_dtype == "auto" else config.vllm_dtype,
             "max_model_len": self.max_length,
             "enforce_eager": config.vllm_enforce_eager or not self.on_gpu,
+            "seed": config.seed,
             "disable_log_stats": True,
         }
         if config.vllm_kv_cache_gb is not None or not self.on_gpu:
@@ -185,17 +175,13 @@ class VLLMEngine(Engine):
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """ValueError for what vLLM would silently do in another way."""
-        if sampling.temperature > 2 or 0 < sampling.temperature < 0.01:
-            raise ValueError(
-                f"temperature: expected 0, or 0.01 to 2 for vLLM, got {sampling.temperature}; rollouts 'hf' "
-                "takes any"
-            )
+        _check_temperature(sampling.temperature)
         room = self.max_length - sampling.max_tokens
         for prompt in prompts:
             if not 0 < len(prompt) <= room:
                 raise ValueError(
-                    f"prompts: expected 1 to {room} tokens, since vLLM was started for {self.max_length} in all "
-                    f"and a completion may take {sampling.max_tokens}; got {len(prompt)}"
+                    f"prompts: expected 1 to {room} tokens, since vLLM was started for {self.max_length} and "
+                    f"a completion may take {sampling.max_tokens} of them; got {len(prompt)}"
                 )
 
     def follow(self, version: int) -> None:
@@ -260,7 +246,7 @@ class VLLMEngine(Engine):
 
 
 class _Sent:
-    """Weights on their way: each one is a sign of life, and it is known whether the last one was asked for."""
+    """Weights on their way: each is a sign of life, and it is known whether the last was asked for."""
 
     def __init__(self, weights: Iterable[Named], beat: Beat) -> None:
         self.count, self.over = 0, False
@@ -274,25 +260,16 @@ class _Sent:
         self.over = True
 
 
-def installed() -> ModuleType:
-    """The `vllm` package, with everything that is used of it.
+def longest(config: OPSDConfig, student: torch.nn.Module) -> int:
+    """Tokens of prompt and completion together that the budgets and the model allow."""
+    budget = config.max_prompt_length + config.max_completion_length
+    positions = getattr(causal_lm(student).config.get_text_config(), "max_position_embeddings", None)
+    return budget if positions is None else min(budget, positions)
 
-    Raises:
-        ValueError: it is not there, cannot be imported, is too old, or has changed.
-    """
-    wanted = f"expected the package vllm {OLDEST} or newer for 'vllm'"
-    try:
-        vllm = importlib.import_module("vllm")
-    except ImportError as error:
-        raise ValueError(f"rollouts: {wanted}; importing it says: {error}") from error
-    found = str(getattr(vllm, "__version__", "0"))
-    if Version(found) < Version(OLDEST):
-        raise ValueError(f"rollouts: {wanted}, got {found}")
-    for name, methods in USED.items():
-        missing = [method for method in methods if not hasattr(getattr(vllm, name, None), method)]
-        if not hasattr(vllm, name) or missing:
-            raise ValueError(
-                f"rollouts: expected vllm.{name} with {', '.join(methods) or 'its options'}; vllm {found} has "
-                f"no {', '.join(missing) or name}; use an older one"
-            )
-    return vllm
+
+def _check_temperature(temperature: float) -> None:
+    """ValueError for one that vLLM refuses, or replaces by another."""
+    if temperature > 2 or 0 < temperature < 0.01:
+        raise ValueError(
+            f"temperature: expected 0, or 0.01 to 2 for vLLM, got {temperature}; rollouts 'hf' takes any"
+        )

@@ -31,7 +31,8 @@ class Watchdog:
     signal wakes it from a sleep, a lock or a socket. If it cannot be raised within the grace (native code
     that does not return, signals blocked, a caller that is not the main thread), there is nobody left to
     clean up: the message and every thread's stack go to stderr, child processes are killed, and the process
-    leaves with `EXIT_CODE`. Native code that keeps even this thread from running is left by `faulthandler`, with 1.
+    leaves with `EXIT_CODE`. Native code that keeps even this thread from running is left by `faulthandler`,
+    with 1.
 
     Args:
         seconds: a call may go without a beat.
