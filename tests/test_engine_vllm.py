@@ -1,4 +1,4 @@
-"""Rollouts by a real vLLM in this process: it writes with the student's weights, and says how likely it was."""
+"""Rollouts by a real vLLM in this process: written with the student's weights and their log-probabilities."""
 
 import importlib.resources
 import math

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 }
 TOKENS_PER_STEP_ON_CPU = 2048  # read in some seconds: every step is a sign of life
+CLOSES_WITHIN = 30.0  # seconds, whatever a step may take
 GIB = 1 << 30
 
 
@@ -239,7 +240,7 @@ class VLLMEngine(Engine):
         llm, self._llm = self._llm, None
         try:
             if self._owns_group:
-                with self.watchdog.watching("closing"):
+                with self.watchdog.watching("closing", max(self.watchdog.seconds, CLOSES_WITHIN)):
                     llm.llm_engine.engine_core.shutdown()
         finally:
             end_processes([process for process in self._processes if process.is_running()])
