@@ -3,20 +3,34 @@
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from driver_tiny import tiny_model, tiny_prompts, tiny_config, TOKENIZER
+from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
-from opsd_train.backbone import causal_lm
+from opsd_train.data import load_rows
+from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import with_lora
+from opsd_train.sharding import state_of
+from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.verify import Verifier
 
+ZERO = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+WRAPPERS: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": FSDP, "zero": ZERO}
 STEPS = 3
 # Greedy rollouts do not depend on which process writes them, and plain gradient steps, unlike AdamW's, are in
 # proportion to the gradients that are compared.
@@ -34,8 +48,19 @@ def make(out: Path, case: dict[str, Any], rows: int) -> OPSDTrainer:
     model = model.to(getattr(torch, dtype)) if dtype else model
     given = {**SAME, "per_device_train_batch_size": rows, **case}
     config = tiny_config(out, **given)
-    prompts = tiny_prompts(config)
-    return OPSDTrainer(model, config, prompts, TOKENIZER, prompts[:5])
+    held_out = tiny_prompts(config)[:5]
+    if config.method is None:
+        return OPSDTrainer(model, config, tiny_prompts(config), TOKENIZER, held_out)
+    rows = load_rows([{**row, "wrong_answer": "4"} for row in ROWS], config.to_templates(), False)
+    trainer = make_trainer(model, TOKENIZER, rows, [], config)
+    trainer.held_out = held_out
+    trainer.method = trainer.method and replace(trainer.method, verifier=Verifier("odd", odd_is_right))
+    return trainer
+
+
+def odd_is_right(completion: str, answer: str | None) -> float:
+    """A reward that a random model gets now and then."""
+    return float(len(completion) % 2)
 
 
 def outcome(trainer: OPSDTrainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -43,22 +68,28 @@ def outcome(trainer: OPSDTrainer) -> tuple[dict[str, torch.Tensor], dict[str, An
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    weights = {}
-    for name, weight in trainer.student.named_parameters():
-        if weight.requires_grad:
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            weights[name] = whole.detach().clone().contiguous()
+    trained = {name for name, weight in trainer.student.named_parameters() if weight.requires_grad}
+    weights = {name: one for name, one in state_of(trainer.student).items() if name in trained}
     logs = [line for line in trainer.state.log_history if "loss" in line]
-    return weights, {"logs": logs, "before": before, "after": after}
+    found = {"logs": logs, "before": before, "after": after}
+    if trainer.method is None:
+        records = inspect_rollouts(trainer, trainer.held_out[:2])
+        found["kl"] = [token["forward_kl"] for record in records for token in record["tokens"]]
+    return weights, found
 
 
 def main() -> None:
     """Runs every case in turn; the first process writes the weights, what was logged, or the error."""
+    if "zero" in sys.argv[3:]:
+        import deepspeed  # noqa: F401
+
+        # Compiles a kernel for shared memory, for minutes; without it, gloo does.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     for name, case in cases.items():
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        settings = {**(FSDP if case.pop("sharded", False) else {}), **case}
+        settings = {**WRAPPERS[case.pop("wrapper")], **case}
         found: dict[str, Any]
         try:
             trainer = make(folder / name, settings, settings.pop("rows", 4))

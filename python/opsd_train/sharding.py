@@ -1,15 +1,16 @@
 """The processes of a run: what passes through their wrapper, what they add up, and who does what."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 
 from opsd_train.backbone import causal_lm
@@ -52,11 +53,6 @@ class Ranks:
                 "fsdp_config: expected cpu_ram_efficient_loading false, since every process evaluates the "
                 "model before it is sharded; got true"
             )
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that writes files."""
-        return self.index == 0
 
     @property
     def sharded(self) -> bool:
@@ -149,6 +145,57 @@ def is_sharded(model: Module) -> bool:
     """Whether a process has a part of the weights only: FSDP2 or ZeRO-3."""
     first = next(model.parameters())
     return isinstance(first, DTensor) or hasattr(first, "ds_id")
+
+
+def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole in every process; others are as they are."""
+    partitioned = [one for one in parameters if hasattr(one, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters  # only who trains with it has it installed
+
+    found: AbstractContextManager[Any] = GatheredParameters(partitioned)
+    return found
+
+
+@torch.no_grad()
+def state_of(model: Module) -> dict[str, Tensor]:
+    """Every weight of a sharded model by its name, whole, on the CPU of the main process; empty in the others.
+
+    One weight at a time is whole on the devices. All processes have to call it.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in itertools.chain(
+        model.named_parameters(remove_duplicate=False), _saved_buffers(model)
+    ):
+        with gathered([weight]):
+            all_of_it = whole(weight.detach())
+            if is_main():
+                found[name] = all_of_it.cpu().clone()
+    return found
+
+
+def _saved_buffers(model: Module) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict().keys()
+    return ((name, one) for name, one in model.named_buffers() if name in saved)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one by a collective of its processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, sharded like another one of its shape."""
+    if not isinstance(like, DTensor):
+        return tensor
+    moved = tensor.to(like.device)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def through(pairs: Sequence[tuple[Module, Module]], run: Callable[[], Result]) -> Result:

@@ -18,6 +18,7 @@ from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.effective import adapters_add, effective_weights, frozen_copy, require_lora_alone
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
+from opsd_train.sharding import is_main, part_of, whole
 
 KINDS = ("initial", "live", "ema", "sync", "trust_region", "model")
 EMA_FILE = "ema_teacher.safetensors"
@@ -107,7 +108,7 @@ class Teacher:
         """Follow the student."""
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write into a checkpoint's folder what a resumed run could not know."""
+        """Write into a checkpoint's folder what a resumed run could not know; called by every process."""
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote."""
@@ -188,9 +189,10 @@ class EmaTeacher(Teacher):
             self.read_by[name].copy_(self.average[name])
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write the average as it is kept, and the number of steps."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.average.items()}
-        save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
+        """Write the average as it is kept, whole, and the number of steps."""
+        tensors = {name: whole(tensor).contiguous() for name, tensor in self.average.items()}
+        if is_main():
+            save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Read what `save` wrote; ValueError if it is not there or belongs to another model."""
@@ -210,8 +212,9 @@ class EmaTeacher(Teacher):
         self.steps = int(steps)
         with torch.no_grad():
             for name, tensor in saved.items():
-                self.average[name].copy_(tensor)
-                self.read_by[name].copy_(tensor)
+                part = part_of(tensor, self.average[name])
+                self.average[name].copy_(part)
+                self.read_by[name].copy_(part)
 
 
 class SyncTeacher(EmaTeacher):
