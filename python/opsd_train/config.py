@@ -145,11 +145,26 @@ class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodCo
             _in_range("generation_batch_size", self.generation_batch_size, least=1)
 
     def check_devices(self) -> None:
-        """ValueError unless there is one process with one device."""
-        if self.world_size > 1 or self.n_gpu > 1:
+        """ValueError unless every process has one device, and goes with what else was asked for."""
+        if self.n_gpu > 1:
             raise ValueError(
-                f"args: expected one process with one device, got {self.world_size} processes with "
-                f"{self.n_gpu} devices each; make one of them visible (CUDA_VISIBLE_DEVICES=0)"
+                f"args: expected one device per process, got {self.n_gpu} in one; start a process for each "
+                "(accelerate launch, torchrun), or make one of them visible (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if self.world_size == 1:
+            return
+        for name, alone in (("private", None), ("exposure", None), ("subnetwork", None), ("extrapolate", 0)):
+            if (got := getattr(self, name)) != alone:
+                raise ValueError(
+                    f"{name}: expected {alone!r} with {self.world_size} processes, since it is for one; got {got!r}"
+                )
+        if self.torch_compile:
+            raise ValueError(f"torch_compile: expected False with {self.world_size} processes; got True")
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size: expected a multiple of num_generations ({self.num_generations}) "
+                f"with {self.world_size} processes, so that no group is cut; got "
+                f"{self.per_device_train_batch_size}"
             )
 
     def to_objective(self) -> opsd_kernels.Objective:

@@ -2,11 +2,14 @@
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,10 +38,25 @@ def load(
     try:
         where = {"gguf_file": gguf_file, "revision": revision or "main"}
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
-        found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], **where)
+        with _whole():
+            found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], **where)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
     return (found if gguf_file is None else plain(found)), tokenizer
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Inside, `from_pretrained` gives every process all of the weights, also where ZeRO-3 is configured.
+
+    The model is evaluated and copied before it is sharded.
+    """
+    active = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = active
 
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -71,10 +71,11 @@ def generate(
     sampling: Sampling,
     vocabulary: Vocabulary,
     seed: Sequence[int],
+    synced: bool = False,
 ) -> list[tuple[int, ...]]:
     """Complete every prompt; the result is a function of the weights, the prompts, `sampling` and `seed`.
 
-    The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
+    With `synced`, every process goes on until the last one is done, as a sharded model needs it. The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
     distribution that is trained. The global random state is left as it was.
     """
     if not prompts:
@@ -86,7 +87,9 @@ def generate(
         for start in range(0, len(prompts), size):
             ids, mask = pad_left(prompts[start : start + size], vocabulary.pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            sequences = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
+            )
             for tokens in sequences[:, ids.shape[1] :].tolist():
                 completions.append(until_end(tokens, vocabulary.eos_ids))
     return completions

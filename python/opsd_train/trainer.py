@@ -28,6 +28,7 @@ from opsd_train.readers import Readers
 from opsd_train.record import Accuracy
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted
 from opsd_train.sampler import Repeated, parts_of
+from opsd_train.sharding import Ranks
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers import Teacher, make_teacher
 
@@ -99,6 +100,7 @@ class OPSDTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.ranks = Ranks(self.accelerator, model)
         check_head(model, train_dataset[0].student_ids)
         self.readers: Readers | StoredReaders | None = None
         if self.stored is None or method is None:
@@ -108,6 +110,9 @@ class OPSDTrainer(Trainer):
         else:
             self.teacher = Teacher(model)  # nobody asks it
             self.readers = StoredReaders(method, self.stored.top_k)
+        self.teacher.place(self.ranks.adopt)
+        if isinstance(self.readers, Readers):
+            self.readers.place(self.ranks.adopt)
         self.pieces = Pieces(args, model, self.teacher, method, len(self.prompts), self._validate)
         self.add_callback(StepCallback(self))
         self.meter = Meter(args.device)
@@ -125,13 +130,13 @@ class OPSDTrainer(Trainer):
             return [{}], 0
         counting, pad_id, exposure = self.config.to_counting(), self.vocabulary.pad_id, self.pieces.exposure
         if self.method is None:
-            return plain_batches(written, counting, pad_id)
+            return self.ranks.counted(*plain_batches(written, counting, pad_id))
         method = self.method if exposure is None else exposure.exposed()
         batches, step = method_batches(written, method, counting, pad_id)
         self.meter.reward(step.rewards)
         if exposure is not None:
             exposure.read(step, pad_id)
-        return batches, sum(len(rollout.completion) for rollout in written.rollouts)
+        return self.ranks.counted(batches, sum(len(rollout.completion) for rollout in written.rollouts))
 
     def _write(self, batches: Sequence[Sequence[Prompt]]) -> Written:
         """The rollouts of the step that is next, in the parts of these batches."""
@@ -178,13 +183,20 @@ class OPSDTrainer(Trainer):
         """Sum of the divergences at the micro-batch's completion tokens over the tokens of the whole step."""
         if return_outputs:
             raise ValueError("return_outputs: expected False, since no logits are formed; got True")
+        inner = self.student if self.ranks.wrapped else model
+        return self.ranks.loss(model, lambda: self._loss(inner, inputs, num_items_in_batch))
+
+    def _loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], tokens: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What this process adds to the loss of the step, called inside the wrapper's forward pass."""
         mask = counted(inputs)
         settings: dict[str, Any] = {
             "mask": mask,
             "temperature": self.config.loss_temperature,
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
-        student, teacher, what = self._minimised(model, inputs, num_items_in_batch)
+        student, teacher, what = self._minimised(model, inputs, tokens)
         # What a cache holds of a teacher is no distribution that could be measured.
         if self.stored is not None or not logs_next(self.args, self.state):
             return opsd_kernels.loss(student, teacher, **settings, **what)
@@ -234,11 +246,14 @@ class OPSDTrainer(Trainer):
         self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
     ) -> list[Rollout]:
         """Let the student complete every prompt."""
-        seed = (self.config.seed, *stream)
+        seed = self.ranks.seeded((self.config.seed, *stream))
         if self.engine_behind:
             self.engine.follow(self.state.global_step)
             self.engine_behind = False
-        written = self.engine.write([prompt.student_ids for prompt in prompts], sampling, seed)
+        ids, write = [prompt.student_ids for prompt in prompts], self.engine.write
+        if stream[0] == EVALUATION:  # the prompts of a training step are this process's already
+            write = self.ranks.shared(write)
+        written = write(ids, sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)
