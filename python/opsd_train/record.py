@@ -107,6 +107,8 @@ class RunRecord:
         line = dumps({"step": step, **metrics} | {"step": step}) + "\n"
         with (self.directory / METRICS).open("a", encoding="utf-8") as file:
             file.write(line)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows shall not outlive the lines before it
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation, in place of an earlier one of the same step."""
