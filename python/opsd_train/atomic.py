@@ -18,6 +18,7 @@ from opsd_train.config import OPSDConfig
 from opsd_train.pieces import Pieces
 from opsd_train.random_state import random_state, set_random_state
 from opsd_train.record import dumps
+from opsd_train.sampler import Repeated
 from opsd_train.student_files import load_student, write_student
 from opsd_train.teachers import Teacher
 from opsd_train.trees import load_tree, save_tree
@@ -65,6 +66,7 @@ class AtomicCheckpoints(Trainer):
         try:
             self._on_main(lambda: self._begin_checkpoint(path))
             self._on_main(lambda: self._write_checkpoint(temporary, student, optimizer))
+            self._together(lambda: self._write_parts(temporary))
             self._together(lambda: self._write_rank(temporary))
             about = {"step": self.state.global_step, "processes": self.args.world_size}
             self._on_main(lambda: folders.publish(path, about))
@@ -107,12 +109,12 @@ class AtomicCheckpoints(Trainer):
         arguments = dumps(self.args.to_dict(), indent=1, default=str)
         (folder / ARGUMENTS).write_text(arguments, encoding="utf-8")
         checkpoints.write_position(folder, self.config, len(self.train_dataset))  # type: ignore[arg-type]
-        self._write_parts(folder)
 
     def _write_parts(self, folder: Path) -> None:
-        """Teacher and pieces."""
+        """Teacher and pieces; every process may be needed to gather a teacher's shards."""
         self.teacher.save(folder)
-        self.pieces.save(folder)
+        if self.args.should_save:
+            self.pieces.save(folder)
 
     def _write_rank(self, folder: Path) -> None:
         """What each process has of its own: random numbers, and the loss since the last line of the log."""
@@ -184,6 +186,14 @@ class AtomicCheckpoints(Trainer):
             ) from failure
 
     # Reading
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        """Shuffled by a generator of its own: the global seed may be another one in a run that goes on."""
+        found = super()._get_train_sampler(train_dataset)
+        if type(found) is not torch.utils.data.RandomSampler:
+            return found
+        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
+        return Repeated(len(found), 1, seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -14,7 +14,7 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def save_tree(tree: Any, stem: Path) -> None:
-    """Write `stem`.json and `stem`.safetensors; `load_tree` gives the same values back, bit for bit.
+    """Write `stem`.json, and `stem`.safetensors if there are tensors; `load_tree` gives them back as they were.
 
     Args:
         tree: dictionaries, lists and tuples of tensors, numpy arrays, numbers, strings, booleans and None.
@@ -26,16 +26,17 @@ def save_tree(tree: Any, stem: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     plain = _encode(tree, stem.name, tensors)
     _named(stem, "json").write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
-    save_file(tensors, _named(stem, "safetensors"))
+    if tensors:
+        save_file(tensors, _named(stem, "safetensors"))
 
 
 def load_tree(stem: Path) -> Any:
     """Read what `save_tree` wrote, tensors on the CPU; ValueError if it is not there."""
-    for suffix in ("json", "safetensors"):
-        if not _named(stem, suffix).is_file():
-            raise ValueError(f"resume_from_checkpoint: expected {_named(stem, suffix)}; got none")
-    tensors = load_file(_named(stem, "safetensors"))
-    return _decode(json.loads(_named(stem, "json").read_text(encoding="utf-8")), tensors)
+    plain, held = _named(stem, "json"), _named(stem, "safetensors")
+    if not plain.is_file():
+        raise ValueError(f"resume_from_checkpoint: expected {plain}; got none")
+    tensors = load_file(held) if held.is_file() else {}
+    return _decode(json.loads(plain.read_text(encoding="utf-8")), tensors)
 
 
 def _named(stem: Path, suffix: str) -> Path:
