@@ -1,4 +1,4 @@
-"""SIGKILL at fifty moments, many of them inside a save: a run goes on from a whole step to the same weights."""
+"""SIGKILL at fifty moments, many inside a save: a run goes on from a whole step, to the same weights."""
 
 import gc
 import os

@@ -76,7 +76,9 @@ class AtomicCheckpoints(Trainer):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False
+    ) -> None:
         """Write the student for `from_pretrained`, whole or not at all; called by every process.
 
         Args:
@@ -97,7 +99,9 @@ class AtomicCheckpoints(Trainer):
         checkpoints.sweep(path.parent)
         folders.begin(path)
 
-    def _write_checkpoint(self, folder: Path, student: dict[str, torch.Tensor] | None, optimizer: dict[str, Any]) -> None:
+    def _write_checkpoint(
+        self, folder: Path, student: dict[str, torch.Tensor] | None, optimizer: dict[str, Any]
+    ) -> None:
         """All that the main process knows."""
         write_student(self._student(), self.processing_class, folder, student, own_names=True)
         save_tree(optimizer, folder / OPTIMIZER)
@@ -195,7 +199,9 @@ class AtomicCheckpoints(Trainer):
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
         return Repeated(len(found), 1, seed)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.compare_position(folder, self.config, len(self.train_dataset))  # type: ignore[arg-type]
         if self.is_fsdp_enabled:

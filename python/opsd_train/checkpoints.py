@@ -47,9 +47,11 @@ def complete(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: str | os.PathLike[str] | None) -> str:
-    """The newest whole checkpoint in a run's folder; names others in a warning. ValueError if there is none."""
+    """The newest whole checkpoint in a run's folder; a warning names others. ValueError if there is none."""
     path = Path(folder or ".")
-    found, wrong = complete(path), [f"{one.name} ({_torn(one)})" for one in _named(path) if _torn(one)]
+    looked = [(one, folders.what_is_wrong(one)) for one in _named(path)]
+    found = [one for one, problem in looked if problem is None]
+    wrong = [f"{one.name} ({problem})" for one, problem in looked if problem is not None]
     wrong += [f"{one.name} (was being written)" for one in _left(path)]
     if not found:
         beside = f"; not whole: {', '.join(wrong)}" if wrong else ""
@@ -75,9 +77,9 @@ def checkpoint_of(
     foreign = [name for name in FOREIGN if (path / name).exists()]
     if foreign and not (path / folders.MARKER).exists():
         raise ValueError(
-            f"resume_from_checkpoint: expected a checkpoint of this driver, which has {folders.MARKER}; {path} "
-            f"has {', '.join(foreign)}: pickles, which are not read. Its weights can be given as --model if "
-            "they are safetensors"
+            f"resume_from_checkpoint: expected a checkpoint of this driver, which has {folders.MARKER}; "
+            f"{path} has {', '.join(foreign)}: pickles, which are not read. Its weights can be given as "
+            "--model if they are safetensors"
         )
     problem = folders.what_is_wrong(path, digests=True)
     if problem is not None:
@@ -141,10 +143,6 @@ def _left(run: Path) -> list[Path]:
 
 def _folders(run: Path) -> list[Path]:
     return sorted(one for one in run.iterdir() if one.is_dir()) if run.is_dir() else []
-
-
-def _torn(folder: Path) -> str | None:
-    return folders.what_is_wrong(folder)
 
 
 class StepCallback(TrainerCallback):

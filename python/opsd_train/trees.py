@@ -14,7 +14,7 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def save_tree(tree: Any, stem: Path) -> None:
-    """Write `stem`.json, and `stem`.safetensors if there are tensors; `load_tree` gives them back as they were.
+    """Write `stem`.json, and `stem`.safetensors if there are tensors; `load_tree` gives the same back.
 
     Args:
         tree: dictionaries, lists and tuples of tensors, numpy arrays, numbers, strings, booleans and None.
@@ -60,7 +60,9 @@ def _encode(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
     if type(value) in (list, tuple, torch.Size):
         items = [_encode(one, f"{where}.{number}", tensors) for number, one in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
-    raise ValueError(f"{where}: expected state that safetensors and JSON can hold; got a {type(value).__name__}")
+    raise ValueError(
+        f"{where}: expected state that safetensors and JSON can hold; got a {type(value).__name__}"
+    )
 
 
 def _encode_mapping(value: Mapping[Any, Any], where: str, tensors: dict[str, torch.Tensor]) -> Any:
