@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase
 
 from opsd_kernels import Hidden, LogLinear
@@ -169,13 +168,8 @@ class EmaTeacher(Teacher):
             self.read_by[name].copy_(self.average[name])
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write the average as it is kept, and the number of steps.
-
-        Of shards every process calls it, and the main one writes.
-        """
-        tensors = {name: whole(tensor).contiguous() for name, tensor in self.average.items()}
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-            return
+        """Write the average as it is kept, and the number of steps."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.average.items()}
         save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
@@ -196,20 +190,8 @@ class EmaTeacher(Teacher):
         self.steps = int(steps)
         with torch.no_grad():
             for name, tensor in saved.items():
-                self.average[name].copy_(like(tensor, self.average[name]))
-                self.read_by[name].copy_(like(tensor, self.read_by[name]))
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that is sharded over processes, which all call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, sharded as `other` is."""
-    if not isinstance(other, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+                self.average[name].copy_(tensor)
+                self.read_by[name].copy_(tensor)
 
 
 class SyncTeacher(EmaTeacher):
