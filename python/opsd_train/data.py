@@ -95,7 +95,7 @@ def _records(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple
     if path.suffix == ".jsonl":
         yield from _jsonl(path)
     elif path.suffix == ".parquet":
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", trust_remote_code=False)
         for number, record in enumerate(table, start=1):
             yield record, f"{path} row {number}"
     else:

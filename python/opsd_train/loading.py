@@ -37,9 +37,11 @@ def load(
         raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
     try:
         where = {"gguf_file": gguf_file, "revision": revision or "main"}
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
         with _whole():
-            found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], **where)
+            found = AutoModelForCausalLM.from_pretrained(
+                model, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
     return (found if gguf_file is None else plain(found)), tokenizer
@@ -64,7 +66,7 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     twin.load_state_dict(model.state_dict())
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin

@@ -80,7 +80,9 @@ class Cache(Sequence[CachedRollout]):
                 f"cache: expected {len(paths)} shards in {folder}; {len(missing)} are missing, the first "
                 f"{missing[0]}; go on writing it"
             )
-        found = datasets.load_dataset("parquet", data_files=[str(one) for one in paths], split="train")
+        found = datasets.load_dataset(
+            "parquet", data_files=[str(one) for one in paths], split="train", trust_remote_code=False
+        )
         self._rows = found.with_format("numpy")
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@
     evaluations.json   list of `Evaluation`
     rollouts.json      list of `RolloutRecord`
     run.json           one object: model, objective, configuration, versions
+    superseded.jsonl   what the record held of steps that a resumed run went through again
 
 All of it is strict JSON: a number that is not finite is written as null and read back as NaN (as None inside
 an evaluation or a rollout). The three JSON files are replaced whole, so a reader sees the old or the new one;
@@ -21,6 +22,7 @@ from typing import Any, Literal, TypedDict
 
 METRICS, EVALUATIONS, ROLLOUTS, INFO = "metrics.jsonl", "evaluations.json", "rollouts.json", "run.json"
 FILES = (METRICS, EVALUATIONS, ROLLOUTS, INFO)
+SUPERSEDED = "superseded.jsonl"
 
 
 class Accuracy(TypedDict):
@@ -107,6 +109,8 @@ class RunRecord:
         line = dumps({"step": step, **metrics} | {"step": step}) + "\n"
         with (self.directory / METRICS).open("a", encoding="utf-8") as file:
             file.write(line)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows shall not outlive the lines before it
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation, in place of an earlier one of the same step."""
@@ -119,6 +123,26 @@ class RunRecord:
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Write run.json. A value that JSON has no form for (a path, a dtype) is written as its `str`."""
         write_atomically(self.directory / INFO, dumps(info, indent=1, default=str))
+
+    def rewind(self, step: int) -> None:
+        """Drop what came after `step`, from which a run goes on; it is appended to superseded.jsonl."""
+        problems: list[str] = []
+        dropped: list[dict[str, Any]] = []
+        lines = _read_metrics(self.directory / METRICS, problems)
+        dropped += [{"metrics": one} for one in lines if one["step"] > step]
+        if dropped:
+            kept = [dumps(one) + "\n" for one in lines if one["step"] <= step]
+            write_atomically(self.directory / METRICS, "".join(kept))
+        for name in (EVALUATIONS, ROLLOUTS):
+            found = _read_list(self.directory / name, lambda item: "step" in item, problems)
+            later = [one for one in found if one["step"] > step]
+            if later and not problems:
+                kept = [one for one in found if one["step"] <= step]
+                write_atomically(self.directory / name, dumps(kept))
+                dropped += [{Path(name).stem: one} for one in later]
+        if dropped:
+            with (self.directory / SUPERSEDED).open("a", encoding="utf-8") as file:
+                file.writelines(dumps(one) + "\n" for one in dropped)
 
     def _extend(self, name: str, items: list[Any]) -> None:
         steps = {item["step"] for item in items}

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear, Objective
 from opsd_train import evaluate
+from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.checkpoints import StepCallback, checkpoint_of
 from opsd_train.config import OPSDConfig
@@ -35,7 +36,7 @@ from opsd_train.teachers import Teacher, make_teacher
 TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
 
 
-class OPSDTrainer(Trainer):
+class OPSDTrainer(AtomicCheckpoints, Trainer):
     """Minimises the divergence between student and teacher on the student's own rollouts.
 
     One optimizer step is::
