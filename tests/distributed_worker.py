@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from safetensors.torch import save_file
 
+from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from opsd_train.data import load_rows
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import with_lora

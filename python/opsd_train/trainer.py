@@ -8,18 +8,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear, Objective
-from opsd_train import evaluate
+from opsd_train import evaluate, stops
 from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.checkpoints import StepCallback, checkpoint_of
 from opsd_train.config import OPSDConfig
 from opsd_train.effopd import hold_back
 from opsd_train.engines.make import make_engine
+from opsd_train.finite import FiniteSteps
 from opsd_train.meter import Meter, logs_next
 from opsd_train.method import MethodRun
 from opsd_train.offline_train import StoredReaders, StoredRollouts
@@ -36,7 +37,7 @@ from opsd_train.teachers import Teacher, make_teacher
 TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
 
 
-class OPSDTrainer(AtomicCheckpoints, Trainer):
+class OPSDTrainer(FiniteSteps, AtomicCheckpoints):
     """Minimises the divergence between student and teacher on the student's own rollouts.
 
     One optimizer step is::
@@ -126,6 +127,7 @@ class OPSDTrainer(AtomicCheckpoints, Trainer):
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
         self.meter.begin_step()
         written = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        self.expect(written)
         self.meter.count(written.rollouts)
         if not written.rollouts:
             return [{}], 0
@@ -170,6 +172,7 @@ class OPSDTrainer(AtomicCheckpoints, Trainer):
             batch = self._prepare_inputs(inputs) if inputs else {}
             with self.compute_loss_context_manager():
                 loss = private.step(batch, self.state.global_step, lambda row: self.compute_loss(model, row))
+        self.hear(inputs, loss, loss_skips=private is None)
         if exposure is not None:
             exposure.hear(loss)
         return loss
@@ -248,13 +251,14 @@ class OPSDTrainer(AtomicCheckpoints, Trainer):
     ) -> list[Rollout]:
         """Let the student complete every prompt."""
         seed = self.ranks.seeded((self.config.seed, *stream))
-        if self.engine_behind:
-            self.engine.follow(self.state.global_step)
-            self.engine_behind = False
         ids, write = [prompt.student_ids for prompt in prompts], self.engine.write
         if stream[0] == EVALUATION:  # the prompts of a training step are this process's already
             write = self.ranks.shared(write)
-        written = write(ids, sampling, seed)
+        with stops.agreed():
+            if self.engine_behind:
+                self.engine.follow(self.state.global_step)
+                self.engine_behind = False
+            written = write(ids, sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)
