@@ -1,0 +1,70 @@
+"""Whether student and teacher think before they answer: the switch `enable_thinking` of a chat template."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.method_config import json_object, option
+
+SWITCH = "enable_thinking"
+SAMPLE = [{"role": "user", "content": "1+1="}]
+READERS = ("student", "teacher")
+
+
+@dataclass
+class ThinkingConfig:
+    """The two switches; None leaves the chat template's own default."""
+
+    student_thinking: bool | None = option(
+        None, "Whether the student's chat template starts a thought (its `enable_thinking`); None says nothing."
+    )
+    teacher_thinking: bool | None = option(
+        None, "Whether the teacher's chat template starts a thought; the two need not agree."
+    )
+
+    def check_thinking(self) -> None:
+        """Put the switches into student_chat_kwargs and teacher_chat_kwargs; ValueError where those differ."""
+        for reader in READERS:
+            name, wanted = f"{reader}_chat_kwargs", getattr(self, f"{reader}_thinking")
+            given = json_object(name, getattr(self, name, None) or {})
+            if wanted is not None and given.get(SWITCH, wanted) is not wanted:
+                raise ValueError(
+                    f"{reader}_thinking: expected what {name} says of {SWITCH}, {given[SWITCH]!r}; got {wanted}"
+                )
+            setattr(self, name, given if wanted is None else given | {SWITCH: wanted})
+
+
+def has_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `enable_thinking` changes what the chat template writes; a tokenizer without one has none."""
+    if tokenizer.chat_template is None:
+        return False
+    on, off = (_written(tokenizer, **{SWITCH: value}) for value in (True, False))
+    return on != off
+
+
+def has_header(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template opens the assistant's turn when it is asked to."""
+    if tokenizer.chat_template is None:
+        return False
+    return _written(tokenizer) != _written(tokenizer, add_generation_prompt=False)
+
+
+def ignored(tokenizer: PreTrainedTokenizerBase, **chat_kwargs: Any) -> list[str]:
+    """A sentence for each reader whose `chat_kwargs` set a switch that the chat template does not have."""
+    asked = [reader for reader, given in chat_kwargs.items() if SWITCH in given]
+    if not asked or has_switch(tokenizer):
+        return []
+    return [
+        f"{reader}_thinking: the tokenizer's chat template has no switch {SWITCH}; "
+        f"{chat_kwargs[reader][SWITCH]} changes nothing"
+        for reader in asked
+    ]
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = True, **given: Any) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            SAMPLE, tokenize=False, add_generation_prompt=add_generation_prompt, **given
+        )
+    )
