@@ -13,7 +13,7 @@ from opsd_train.evaluate import MATCHES
 from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
-from opsd_train.thinking import ThinkingConfig
+from opsd_train.thinking_config import ThinkingConfig
 from opsd_train.watch_config import WatchConfig
 
 

@@ -141,7 +141,9 @@ def _dataset(task: str, size: int, seed: int, settings: str) -> Any:
         chosen.validate()
         return make(config=chosen)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"data: expected settings that the task {task!r} takes, got {settings}; {error}") from None
+        raise ValueError(
+            f"data: expected settings that the task {task!r} takes, got {settings}; {error}"
+        ) from None
 
 
 def _value(text: Any) -> Any:

@@ -139,7 +139,9 @@ class Encoder:
                     [list(chat) for chat in chats], tokenize=False, add_generation_prompt=True, **chat_kwargs
                 )
             except TemplateError as error:
-                raise ValueError(f"prompt: expected messages that the chat template takes; {error}") from error
+                raise ValueError(
+                    f"prompt: expected messages that the chat template takes; {error}"
+                ) from error
             # The chat template has already written the special tokens.
             return self._encoded(list(texts), add_special_tokens=False)  # type: ignore[arg-type]
         if any(len(chat) != 1 for chat in chats):

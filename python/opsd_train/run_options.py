@@ -24,7 +24,9 @@ class RunOptions:
     eval_data: str | None = option(None, "Held-out rows with an `answer` or a `solution`, named like `data`.")
     data_split: str = option("train", "Split of a folder or a hub id in `data`.")
     eval_split: str = option("test", "Split of a folder or a hub id in `eval_data`.")
-    data_revision: str | None = option(None, "Commit, tag or branch of the hub ids in `data` and `eval_data`.")
+    data_revision: str | None = option(
+        None, "Commit, tag or branch of the hub ids in `data` and `eval_data`."
+    )
     data_size: int = option(500, "Problems to generate for reasoning_gym:TASK.")
     data_seed: int = option(0, "Problem i of reasoning_gym:TASK is drawn with seed data_seed + i.")
     eval_size: int = option(128, "Held-out problems to generate for reasoning_gym:TASK.")
@@ -38,7 +40,9 @@ class RunOptions:
     skip_bad_rows: int = option(
         0, "Set aside up to so many bad rows in bad_rows.jsonl of the run folder; one more stops the run."
     )
-    repeated_rows: str = option("keep", "Whether a row that comes again is kept (`keep`) or a bad one (`refuse`).")
+    repeated_rows: str = option(
+        "keep", "Whether a row that comes again is kept (`keep`) or a bad one (`refuse`)."
+    )
     gguf_file: str | None = option(None, "Load this GGUF file of the model's folder.")
     revision: str | None = option(None, "Commit, tag or branch of a hub id.")
     dtype: str = option("float32", "Dtype of the weights: float32, bfloat16 or float16.")

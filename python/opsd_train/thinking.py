@@ -1,38 +1,11 @@
 """Whether student and teacher think before they answer: the switch `enable_thinking` of a chat template."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd_train.method_config import json_object, option
-
 SWITCH = "enable_thinking"
 SAMPLE = [{"role": "user", "content": "1+1="}]
-READERS = ("student", "teacher")
-
-
-@dataclass
-class ThinkingConfig:
-    """The two switches; None leaves the chat template's own default."""
-
-    student_thinking: bool | None = option(
-        None, "Whether the student's chat template starts a thought (its `enable_thinking`); None says nothing."
-    )
-    teacher_thinking: bool | None = option(
-        None, "Whether the teacher's chat template starts a thought; the two need not agree."
-    )
-
-    def check_thinking(self) -> None:
-        """Put the switches into student_chat_kwargs and teacher_chat_kwargs; ValueError where those differ."""
-        for reader in READERS:
-            name, wanted = f"{reader}_chat_kwargs", getattr(self, f"{reader}_thinking")
-            given = json_object(name, getattr(self, name, None) or {})
-            if wanted is not None and given.get(SWITCH, wanted) is not wanted:
-                raise ValueError(
-                    f"{reader}_thinking: expected what {name} says of {SWITCH}, {given[SWITCH]!r}; got {wanted}"
-                )
-            setattr(self, name, given if wanted is None else given | {SWITCH: wanted})
 
 
 def has_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
