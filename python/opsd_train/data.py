@@ -44,7 +44,7 @@ class Reading:
         repeats: whether a row that comes again is kept; if not, it is a bad row.
     """
 
-    choice: sources.Choice = sources.Choice()
+    choice: sources.Choice = field(default_factory=sources.Choice)
     columns: Mapping[str, str] = field(default_factory=dict)
     refuse: Refuse = stop
     repeats: bool = True

@@ -1,7 +1,7 @@
 """Model, rows and configuration of a command that trains nothing: those of its options, or the demo's."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class Given:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str | Sequence[Mapping[str, Any]]
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
 
     def prompts(self, config: OPSDConfig) -> list[Prompt]:
         """All rows, encoded with the templates and budgets of `config`."""
