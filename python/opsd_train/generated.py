@@ -83,8 +83,9 @@ def score(completion: str, answer: str | None, columns: Mapping[str, Any]) -> fl
     """The package's own score of a completion, in [0, 1]; 1 is right, some tasks give a part for a near miss.
 
     The package expects an answer alone, so what is scored is what the completion states as its answer: inside
-    the last `<answer>` tag, else boxed or stated (see `texts.final_answer`), else its last line (as many as the
-    answer has); of that, where the answer is a number, the last number. Raises ValueError for a row that is not the package's.
+    the last `<answer>` tag, else boxed or stated (see `texts.final_answer`), else its last line, or as many
+    lines as the answer has; of that, where the answer is a number, the last number. Raises ValueError for a
+    row that is not the package's.
     """
     held = columns.get("reasoning_gym")
     if held is None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from opsd_train.record import write_atomically
 
 BAD_ROWS = "bad_rows.jsonl"
-# What is told of a bad row: what is wrong with it, beginning with its place, the place, and the row as it was.
+# What is told of a bad row: what is wrong with it, where it is, and the row as it was.
 Refuse: TypeAlias = Callable[[str, str, Any], None]
 
 
@@ -45,14 +45,15 @@ class Quarantine:
         return len(self.entries)
 
     def __call__(self, reason: str, where: str, raw: Any) -> None:
+        """Set a row aside; ValueError for one too many."""
         if self.limit == 0:
             stop(reason, where, raw)
         self.entries.append({"where": where, "reason": reason, "row": raw})
         self._write()
         if len(self.entries) > self.limit:
             raise ValueError(
-                f"skip_bad_rows: expected at most {self.limit} bad rows, found one more: {reason} (all of them "
-                f"are in {self.path})"
+                f"skip_bad_rows: expected at most {self.limit} bad rows, found one more: {reason} (all are in "
+                f"{self.path})"
             )
 
     def _write(self) -> None:

@@ -17,18 +17,16 @@ class RunOptions:
     model: str = field(metadata={"help": "Local folder or hub id of a causal language model."})
     data: str = field(
         metadata={
-            "help": "Training rows: a .jsonl, .json, .parquet or .csv file, a glob, a folder, a hub id (name or "
-            "name:configuration), or reasoning_gym:TASK; ?split=... and so on behind it beat the options below."
+            "help": "Training rows: a .jsonl, .json, .parquet or .csv file, a glob, a folder, a hub id (name "
+            "or name:configuration), or reasoning_gym:TASK; ?split=... behind it beats the options below."
         }
     )
     eval_data: str | None = option(None, "Held-out rows with an `answer` or a `solution`, named like `data`.")
     data_split: str = option("train", "Split of a folder or a hub id in `data`.")
     eval_split: str = option("test", "Split of a folder or a hub id in `eval_data`.")
-    data_revision: str | None = option(
-        None, "Commit, tag or branch of the hub ids in `data` and `eval_data`."
-    )
-    data_size: int = option(500, "Problems to generate for reasoning_gym:TASK.")
-    data_seed: int = option(0, "Problem i of reasoning_gym:TASK is drawn with seed data_seed + i.")
+    data_revision: str | None = option(None, "Commit, tag or branch of a hub id in `data` and `eval_data`.")
+    task_size: int = option(500, "Problems to generate for reasoning_gym:TASK.")
+    task_seed: int = option(0, "Problem i of reasoning_gym:TASK is drawn with the seed task_seed + i.")
     eval_size: int = option(128, "Held-out problems to generate for reasoning_gym:TASK.")
     columns: dict[str, Any] | str | None = field(
         default=None,
@@ -66,7 +64,7 @@ class RunOptions:
         """Which part of `data`, or of `eval_data`, is read."""
         if held_out:
             return Choice(self.eval_split, self.data_revision, self.eval_size, HELD_OUT_SEED)
-        return Choice(self.data_split, self.data_revision, self.data_size, self.data_seed)
+        return Choice(self.data_split, self.data_revision, self.task_size, self.task_seed)
 
     def reading(self, refuse: Refuse = stop, held_out: bool = False) -> Reading:
         """How `data`, or `eval_data`, is read."""

@@ -94,7 +94,7 @@ def _glob(pattern: str) -> Iterator[Found]:
 
 
 def _folder(path: Path, split: str) -> Iterator[Found]:
-    """A folder of `save_to_disk`, or one with data files, which `datasets` sorts into splits by their names."""
+    """A folder of `save_to_disk`, or of data files, which `datasets` sorts into splits by their names."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         try:
             held = datasets.load_from_disk(str(path))

@@ -12,19 +12,19 @@ class ThinkingConfig:
 
     student_thinking: bool | None = option(
         None,
-        "Whether the student's chat template starts a thought (its `enable_thinking`); None says nothing.",
+        "Whether the student's chat template lets it think (`enable_thinking`); None says nothing.",
     )
     teacher_thinking: bool | None = option(
-        None, "Whether the teacher's chat template starts a thought; the two need not agree."
+        None, "Whether the teacher's chat template lets it think; the two need not agree."
     )
 
     def check_thinking(self) -> None:
-        """Put the switches into student_chat_kwargs and teacher_chat_kwargs; ValueError where those differ."""
+        """Put the switches into the chat_kwargs of their readers; ValueError where those say otherwise."""
         for reader in ("student", "teacher"):
             name, wanted = f"{reader}_chat_kwargs", getattr(self, f"{reader}_thinking")
             given = json_object(name, getattr(self, name, None) or {})
             if wanted is not None and given.get(SWITCH, wanted) is not wanted:
                 raise ValueError(
-                    f"{reader}_thinking: expected what {name} says of {SWITCH}, {given[SWITCH]!r}; got {wanted}"
+                    f"{reader}_thinking: expected what {name} says, {given[SWITCH]!r}; got {wanted}"
                 )
             setattr(self, name, given if wanted is None else given | {SWITCH: wanted})

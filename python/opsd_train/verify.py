@@ -41,7 +41,8 @@ class Verifier:
             return cls(name, generated.score)
         if ":" not in name:
             raise ValueError(
-                f"verifier: expected one of {', '.join(MATCHES)}, reasoning_gym, or package.module:function; got {name!r}"
+                f"verifier: expected one of {', '.join(MATCHES)}, reasoning_gym, or package.module:function; "
+                f"got {name!r}"
             )
         return cls(name, imported("verifier", name))
 
