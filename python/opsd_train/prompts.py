@@ -1,7 +1,6 @@
 """From a row's messages to token ids: templates, the chat template, budgets, left padding."""
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -84,17 +83,19 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: "OPSDConfig") -> "Encoder":
-        """With the budgets and switches of a run; warns of a switch that the chat template does not have."""
-        student, teacher = config.student_chat_kwargs, config.teacher_chat_kwargs
-        for sentence in thinking.ignored(tokenizer, student=student, teacher=teacher):
-            warnings.warn(sentence, stacklevel=2)
+        """With the budgets and switches of a run."""
         return cls(
             tokenizer,
             config.max_prompt_length,
             config.max_teacher_prompt_length,
-            student,  # type: ignore[arg-type]
-            teacher,  # type: ignore[arg-type]
+            config.student_chat_kwargs,  # type: ignore[arg-type]
+            config.teacher_chat_kwargs,  # type: ignore[arg-type]
         )
+
+    def ignored_switches(self) -> list[str]:
+        """A sentence for each switch (`enable_thinking`) that is set and that the chat template lacks."""
+        student, teacher = self.student_chat_kwargs, self.teacher_chat_kwargs
+        return thinking.ignored(self.tokenizer, student=student, teacher=teacher)
 
     def encode(self, rows: "Sequence[Row]", refuse: Refuse = stop) -> list[Prompt]:
         """Tokenise every row; one that does not fit is refused by its place, nothing is truncated."""
@@ -102,7 +103,7 @@ class Encoder:
         for row, encoded in zip(rows, self._encoded_rows(rows), strict=True):
             try:
                 student, teacher = encoded or self._encoded_row(row)
-                self._check_budget(row, len(student), len(teacher))
+                self.check_budget(row, len(student), len(teacher))
             except ValueError as error:
                 refuse(str(error), row.where, row.record)
             else:
@@ -157,7 +158,8 @@ class Encoder:
                 "template with words that a small vocabulary lacks? see student_template, context_templates)"
             ) from error
 
-    def _check_budget(self, row: "Row", student: int, teacher: int) -> None:
+    def check_budget(self, row: "Row", student: int, teacher: int) -> None:
+        """ValueError for a row whose prompts have none or too many tokens."""
         if student == 0 or teacher == 0:
             raise ValueError(f"{row.where}: expected prompts of at least one token, got an empty one")
         if student > self.max_prompt_length or teacher > self.max_teacher_prompt_length:

@@ -52,8 +52,8 @@ class Quarantine:
         self._write()
         if len(self.entries) > self.limit:
             raise ValueError(
-                f"skip_bad_rows: expected at most {self.limit} bad rows, found one more: {reason} (all are in "
-                f"{self.path})"
+                f"skip_bad_rows: expected at most {self.limit} bad rows, found one more: {reason} (all are "
+                f"in {self.path})"
             )
 
     def _write(self) -> None:

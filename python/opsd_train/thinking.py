@@ -41,3 +41,11 @@ def _written(tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = T
             SAMPLE, tokenize=False, add_generation_prompt=add_generation_prompt, **given
         )
     )
+
+
+def header(tokenizer: PreTrainedTokenizerBase, **given: Any) -> str:
+    """What the chat template writes to open the assistant's turn; empty without a template."""
+    if tokenizer.chat_template is None:
+        return ""
+    opened = _written(tokenizer, **given)
+    return opened.removeprefix(_written(tokenizer, add_generation_prompt=False, **given))

@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -63,6 +64,8 @@ def make_trainer(
     What happens to one over its budget is up to `refuse`; it stops the run, if nothing else is said.
     """
     encoder = Encoder.of(tokenizer, config)
+    for sentence in encoder.ignored_switches():
+        warnings.warn(sentence, stacklevel=2)
     method = config.to_method(encoder)
     if method is not None:
         method.check(rows)
