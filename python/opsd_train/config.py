@@ -10,14 +10,17 @@ import opsd_kernels
 from opsd_train import prompts, teachers
 from opsd_train.engines.config import EngineConfig
 from opsd_train.evaluate import MATCHES
-from opsd_train.method_config import MethodConfig, json_object, option
+from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
+from opsd_train.thinking_config import ThinkingConfig
 from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
-class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments):
+class OPSDConfig(
+    EngineConfig, WatchConfig, SafetyConfig, ThinkingConfig, PiecesConfig, MethodConfig, TrainingArguments
+):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
     Some defaults of the former are others here: 100 steps, an evaluation and a checkpoint every 20 of them, a
@@ -123,8 +126,7 @@ class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodCo
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("student_chat_kwargs", "teacher_chat_kwargs"):
-            setattr(self, name, json_object(name, getattr(self, name) or {}))
+        self.check_thinking()
         self.check_engine()
         self.check_watch()
         self.check_safety()

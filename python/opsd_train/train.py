@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -16,15 +17,16 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from opsd_kernels import get_method
-from opsd_train import record
+from opsd_train import data, record
 from opsd_train.backbone import causal_lm
 from opsd_train.checkpoints import newest_checkpoint
 from opsd_train.config import OPSDConfig
-from opsd_train.data import Row, load_rows
+from opsd_train.data import Row
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import load, with_lora
 from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
 from opsd_train.prompts import Encoder
+from opsd_train.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.record import RunRecord, load_run
 from opsd_train.report import write_report
 from opsd_train.run_options import RunOptions
@@ -38,16 +40,15 @@ def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrai
     """Load what `opsd train` was given. Raises ValueError for anything that is wrong with it."""
     check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
     last_checkpoint(config)
-    templates = config.to_templates()
-    privileged = config.method is None
-    rows = load_rows(options.data, templates, privileged)
-    held_out = load_rows(options.eval_data, templates, privileged) if options.eval_data else []
+    loaded = data.load(options, config)
+    for note in loaded.notes:
+        console.print(note, highlight=False, markup=False)
     with console.status(f"loading {options.model}"):
         model, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
         student: torch.nn.Module = model
         if options.lora_rank:
             student = with_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
-        return make_trainer(student, tokenizer, rows, held_out, config)
+        return make_trainer(student, tokenizer, loaded.rows, loaded.held_out, config, loaded.quarantine)
 
 
 def make_trainer(
@@ -56,21 +57,20 @@ def make_trainer(
     rows: Sequence[Row],
     held_out: Sequence[Row],
     config: OPSDConfig,
+    refuse: Refuse = stop,
 ) -> OPSDTrainer:
-    """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets."""
-    encoder = Encoder(
-        tokenizer,
-        config.max_prompt_length,
-        config.max_teacher_prompt_length,
-        config.student_chat_kwargs,  # type: ignore[arg-type]
-        config.teacher_chat_kwargs,  # type: ignore[arg-type]
-    )
+    """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets.
+
+    What happens to one over its budget is up to `refuse`; it stops the run, if nothing else is said.
+    """
+    encoder = Encoder.of(tokenizer, config)
+    for sentence in encoder.ignored_switches():
+        warnings.warn(sentence, stacklevel=2)
     method = config.to_method(encoder)
     if method is not None:
         method.check(rows)
-    return OPSDTrainer(
-        model, config, encoder.encode(rows), tokenizer, encoder.encode(held_out), method=method
-    )
+    prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
+    return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 
 def run(
@@ -138,7 +138,7 @@ def check_output(folder: str | Path | None, existing: Existing) -> None:
     path = Path(folder or ".")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path}")
-    held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    held = sorted(entry.name for entry in path.iterdir() if entry.name != BAD_ROWS) if path.is_dir() else []
     is_run = any(name in held for name in record.FILES)
     if held and not is_run:
         raise ValueError(f"out: expected an empty folder or a run, but {path} holds {', '.join(held[:3])}")
@@ -176,6 +176,11 @@ def describe(trainer: OPSDTrainer) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
         "device": str(trainer.args.device),
+        "rows": {
+            "training": len(trainer.prompts),
+            "held_out": len(trainer.held_out),
+            "set_aside": count(config.output_dir),
+        },
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opsd_train import generated
 from opsd_train.evaluate import MATCHES
 from opsd_train.prompts import Prompt
 
@@ -28,15 +29,20 @@ class Verifier:
 
     @classmethod
     def named(cls, name: str) -> "Verifier":
-        """`exact`, `number`, `math`, or the function at an import path `package.module:function`.
+        """`exact`, `number`, `math`, `reasoning_gym`, or the function at a path `package.module:function`.
+
+        `reasoning_gym` is the score of the package that generated the row.
 
         Raises ValueError for any other name and for a path at which there is no function.
         """
         if name in MATCHES:
             return cls(name, MATCHES[name], needs_answer=True)
+        if name == "reasoning_gym":
+            return cls(name, generated.score)
         if ":" not in name:
             raise ValueError(
-                f"verifier: expected one of {', '.join(MATCHES)}, or package.module:function; got {name!r}"
+                f"verifier: expected one of {', '.join(MATCHES)}, reasoning_gym, or package.module:function; "
+                f"got {name!r}"
             )
         return cls(name, imported("verifier", name))
 
