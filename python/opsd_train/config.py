@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 import opsd_kernels
 from opsd_train import prompts, teachers
 from opsd_train.engines.config import EngineConfig
-from opsd_train.evaluate import MATCHES
 from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
@@ -101,8 +100,9 @@ class OPSDConfig(
     # How a completion is judged
     eval_match: str = option(
         "exact",
-        "A completion is right if it equals the answer (`exact`), ends in the same number (`number`) or "
-        "states what is mathematically the same (`math`).",
+        "A completion is right if it equals the answer (`exact`), ends in the same number (`number`), states "
+        "what is mathematically the same (`math`), or if the function at an import path "
+        "`package.module:function` gives it at least 1/2.",
     )
     rollouts_recorded: int = option(4, "Rollouts written to rollouts.json before and after training.")
 
@@ -135,7 +135,6 @@ class OPSDConfig(
         self.to_objective()
         self.to_templates()
         self.to_teacher()
-        _one_of("eval_match", self.eval_match, tuple(MATCHES))
         _in_range("loss_temperature", self.loss_temperature, above=0)
         _in_range("temperature", self.temperature, least=0)
         _in_range("top_p", self.top_p, above=0, most=1)

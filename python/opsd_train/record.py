@@ -4,6 +4,7 @@
     evaluations.json   list of `Evaluation`
     rollouts.json      list of `RolloutRecord`
     run.json           one object: model, objective, configuration, versions
+    completions/       Parquet, see `completions.py`
     superseded.jsonl   what the record held of steps that a resumed run went through again
 
 All of it is strict JSON: a number that is not finite is written as null and read back as NaN (as None inside
@@ -18,7 +19,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
+
+from opsd_train.completions import kept
 
 METRICS, EVALUATIONS, ROLLOUTS, INFO = "metrics.jsonl", "evaluations.json", "rollouts.json", "run.json"
 FILES = (METRICS, EVALUATIONS, ROLLOUTS, INFO)
@@ -35,12 +38,27 @@ class Accuracy(TypedDict):
     high: float
 
 
+class PassAtK(TypedDict):
+    """Chance that one of `k` samples is right, with its 95 % interval; fractions in [0, 1]."""
+
+    k: int
+    value: float
+    low: float
+    high: float
+
+
 class Evaluation(TypedDict):
-    """Held-out accuracy after `step` optimizer steps, by greedy decoding and by sampling."""
+    """Held-out accuracy after `step` optimizer steps, by greedy decoding and by sampling.
+
+    `samples` completions were sampled of every problem: `sampled` is the share of all that are right, its
+    `total` so many times the problems. Older records have neither `samples` nor `pass_at_k`.
+    """
 
     step: int
     greedy: Accuracy
     sampled: Accuracy
+    samples: NotRequired[int]
+    pass_at_k: NotRequired[list[PassAtK]]
 
 
 class TokenRecord(TypedDict):
@@ -100,8 +118,8 @@ class RunRecord:
         if held and existing == "error":
             raise ValueError(f"directory: expected a folder without a run, but {directory} holds {held}")
         if existing == "replace":
-            for name in held:
-                (self.directory / name).unlink()
+            for path in (*(self.directory / name for name in held), *kept(self.directory)):
+                path.unlink()
         self._drop_torn_line()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
