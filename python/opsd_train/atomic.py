@@ -15,9 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from opsd_train import checkpoints, folders, optimizer_state
 from opsd_train.config import OPSDConfig
+from opsd_train.json_files import dumps
 from opsd_train.pieces import Pieces
 from opsd_train.random_state import random_state, set_random_state
-from opsd_train.record import dumps
 from opsd_train.sampler import Repeated
 from opsd_train.student_files import load_student, write_student
 from opsd_train.teachers import Teacher

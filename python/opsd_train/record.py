@@ -14,7 +14,6 @@ only `metrics.jsonl` can be cut off by a crash, and then only in its last line.
 
 import json
 import math
-import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from opsd_train.completions import kept
+from opsd_train.json_files import dumps, write_atomically
 
 METRICS, EVALUATIONS, ROLLOUTS, INFO = "metrics.jsonl", "evaluations.json", "rollouts.json", "run.json"
 FILES = (METRICS, EVALUATIONS, ROLLOUTS, INFO)
@@ -203,40 +203,6 @@ def load_run(directory: str | Path) -> Run:
         rollouts=_read_list(folder / ROLLOUTS, _is_rollout, problems),
         problems=problems,
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader or a crash finds the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def dumps(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
-    """Strict JSON: numbers that are not finite are null."""
-    return json.dumps(_strict(value), allow_nan=False, ensure_ascii=False, indent=indent, default=default)
-
-
-def _strict(value: Any) -> Any:
-    """Replace non-finite numbers by None, and numpy's scalars by Python's."""
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
 
 
 def _read_json(path: Path, problems: list[str]) -> Any:

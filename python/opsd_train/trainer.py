@@ -19,6 +19,7 @@ from opsd_train.checkpoints import StepCallback, checkpoint_of
 from opsd_train.completions import Completions
 from opsd_train.config import OPSDConfig
 from opsd_train.effopd import hold_back
+from opsd_train.engines.agreement import Agreement, check_engine_columns
 from opsd_train.engines.make import make_engine
 from opsd_train.examined import EVALUATION, TRAINING, Examined
 from opsd_train.finite import FiniteSteps
@@ -88,6 +89,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         check_positions(model, [*train_dataset, *self.held_out], args.max_completion_length)
         self.objective: Objective = args.to_objective()
         self.method = method
+        check_engine_columns(() if method is None else method.needs, args)
         self.vocabulary = Vocabulary.of(causal_lm(model), processing_class)
         self.sampling = Sampling(
             args.temperature, args.top_p, args.top_k, args.max_completion_length, args.generation_batch_size
@@ -117,7 +119,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             self.readers.place(self.ranks.adopt)
         self.pieces = Pieces(args, model, self.teacher, method, len(self.prompts), self.validate)
         self.add_callback(StepCallback(self))
-        self.meter = Meter(args.device, args.max_completion_length)
+        self.meter = Meter(args.device, args.max_completion_length, self.ranks.total)
+        self.agreement = Agreement()
         self.completions = Completions(args.output_dir or ".", args.save_completions_every, processing_class)
         self.engine = make_engine(args, model, processing_class, self.vocabulary)
         self.engine_behind = True  # its weights are not those of the student, as after every step
@@ -127,7 +130,9 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
         self.meter.begin_step()
+        self.agreement.begin_step()
         written = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        self.engine.rest()
         self.expect(written)
         self.meter.count(written.rollouts)
         if not written.rollouts:
@@ -205,6 +210,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
         student, teacher, what = self._minimised(model, inputs, tokens)
+        self.agreement.hear(student, inputs)
         # What a cache holds of a teacher is no distribution that could be measured.
         with self.meter.phase("loss"):
             if self.stored is not None or not logs_next(self.args, self.state):
@@ -261,9 +267,10 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     ) -> list[Rollout]:
         """Let the student complete every prompt."""
         seed = self.ranks.seeded((self.config.seed, *stream))
-        ids, write = [prompt.student_ids for prompt in prompts], self.engine.write
-        if stream[0] == EVALUATION:  # the prompts of a training step are this process's already
-            write = self.ranks.shared(write)
+        ids = [prompt.student_ids for prompt in prompts]
+        # The prompts of a training step are this process's already.
+        shared = stream[0] == EVALUATION
+        write = self.ranks.shared(self.engine.write) if shared else self.engine.write
         with stops.agreed():
             if self.engine_behind:
                 with self.meter.phase("sync"):
@@ -280,7 +287,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter holds to the metrics of a training step."""
         if "loss" in logs:
-            logs |= self.meter.read() | self.pieces.metrics(self.state.global_step)
+            logs |= self.meter.read() | self.agreement.metrics()
+            logs |= self.pieces.metrics(self.state.global_step)
         super().log(logs, start_time)
 
     def train(
@@ -303,5 +311,5 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         if checkpoint is not None:
             self.teacher.load(checkpoint)
             self.pieces.load(checkpoint)
-        self.meter = Meter(self.args.device, self.config.max_completion_length)
+        self.meter = Meter(self.args.device, self.config.max_completion_length, self.ranks.total)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
