@@ -19,7 +19,8 @@ from opsd_kernels.sources import Hidden, Source, Teacher
 
 FIELDS = (
     "function", "objective", "temperature", "reduction", "denominator", "vocab_size",
-    "reduce_hidden", "token dimensions", "dtypes", "shape of the head", "requires_grad", "sources or workspace_bytes",
+    "reduce_hidden", "token dimensions", "dtypes", "shape of the head", "requires_grad",
+    "sources or workspace_bytes",
 )  # fmt: skip
 ROWWISE = ("mask", "rows", "token_weight", "token_ids")
 SOURCES = ("student", "teacher")
