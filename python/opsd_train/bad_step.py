@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opsd_train.record import dumps, write_atomically
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.steps import Written
 
 

@@ -72,11 +72,13 @@ def generate(
     sampling: Sampling,
     vocabulary: Vocabulary,
     seed: Sequence[int],
+    synced: bool = False,
 ) -> list[tuple[int, ...]]:
     """Complete every prompt; the result is a function of the weights, the prompts, `sampling` and `seed`.
 
     The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
-    distribution that is trained. The global random state is left as it was.
+    distribution that is trained. The global random state is left as it was. With `synced`, every process goes
+    on until the last one is done, as a sharded model needs it.
 
     Raises:
         Stopped: a signal asked for it, see `stops`.
@@ -95,6 +97,7 @@ def generate(
                 attention_mask=mask,
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([stops.StopRequested()]),
+                synced_gpus=synced,
             )
             stops.check()
             for tokens in sequences[:, ids.shape[1] :].tolist():
