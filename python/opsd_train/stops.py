@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -161,10 +161,8 @@ def agreed() -> Iterator[None]:
         return
     if watch.agreed is not None:
         raise Stopped(watch.agreed)
-    try:
+    with suppress(Stopped):  # the other ranks have to hear of it first
         yield
-    except Stopped:
-        pass  # the other ranks have to hear of it first
     signum = watch.agree()
     if signum is not None:
         raise Stopped(signum)
@@ -293,6 +291,6 @@ def _keep(trainer: Trainer, watch: _Watch, last: Randomness | None) -> tuple[int
     folder = Path(trainer.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if watch.most(not folder.is_dir()):
         last.restore()
-        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer._save_checkpoint(trainer.model, trial=None)  # type: ignore[arg-type]
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     return step, folder
