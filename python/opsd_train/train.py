@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from opsd_kernels import get_method
 from opsd_train import record
 from opsd_train.backbone import causal_lm
-from opsd_train.checkpoints import newest_checkpoint
+from opsd_train.checkpoints import newest_checkpoint, step_of
 from opsd_train.config import OPSDConfig
 from opsd_train.data import Row, load_rows
 from opsd_train.inspection import inspect_rollouts
@@ -101,12 +101,14 @@ def run(
     checkpoint = last_checkpoint(config)
     if checkpoint is None:
         look(trainer, written, console)
+    else:
+        written.rewind(step_of(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
     look(trainer, written, console)
-    save_model(trainer, folder / "model")
+    trainer.save_model(folder / "model")
     info |= {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(trainer.args.device)}
     written.write_info(info)
     found = load_run(folder).evaluations
@@ -125,12 +127,6 @@ def look(trainer: OPSDTrainer, written: RunRecord, console: Console) -> None:
             return
         watched = trainer.held_out or trainer.prompts
         written.add_rollouts(inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded]))
-
-
-def save_model(trainer: OPSDTrainer, folder: Path) -> None:
-    """Weights (of the adapters only, for LoRA) as safetensors, configuration and tokenizer."""
-    trainer.student.save_pretrained(folder)  # type: ignore[operator]
-    trainer.tokenizer.save_pretrained(folder)
 
 
 def check_output(folder: str | Path | None, existing: Existing) -> None:
