@@ -5,6 +5,8 @@ import json
 import os
 import random
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +338,20 @@ def test_parameters_trained_beside_adapters_are_kept(tmp_path: Path) -> None:
     trained = {name: one for name, one in trainer.student.named_parameters() if one.requires_grad}
     assert all(torch.equal(one, trained[name]) for name, one in fresh.named_parameters() if one.requires_grad)
     assert (trained["base_model.model.model.norm.weight"] != 1).any()
+
+
+def test_shards_are_gathered_and_spread_again(tmp_path: Path) -> None:
+    """FSDP2 over two processes: weights and AdamW's state through a checkpoint's files, full and LoRA."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parent / "python"), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(here / "shard_worker.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"done-0", "done-1"} <= set(os.listdir(tmp_path))

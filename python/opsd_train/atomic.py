@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -46,6 +47,7 @@ class AtomicCheckpoints(Trainer):
     """
 
     config: OPSDConfig
+    tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
     pieces: Pieces
 
@@ -90,7 +92,7 @@ class AtomicCheckpoints(Trainer):
 
         def write() -> None:
             with folders.whole_folder(path) as temporary:
-                write_student(self._student(), self.processing_class, temporary, student)
+                write_student(self._student(), self.tokenizer, temporary, student)
 
         self._on_main(write)
 
@@ -103,9 +105,9 @@ class AtomicCheckpoints(Trainer):
         self, folder: Path, student: dict[str, torch.Tensor] | None, optimizer: dict[str, Any]
     ) -> None:
         """All that the main process knows."""
-        write_student(self._student(), self.processing_class, folder, student, own_names=True)
+        write_student(self._student(), self.tokenizer, folder, student, own_names=True)
         save_tree(optimizer, folder / OPTIMIZER)
-        save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+        save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER)  # type: ignore[union-attr]
         if self.accelerator.scaler is not None:
             save_tree(self.accelerator.scaler.state_dict(), folder / SCALER)
         self._note_callbacks()
@@ -137,16 +139,19 @@ class AtomicCheckpoints(Trainer):
 
     def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """The student's weights on the main process where it holds shards of them; None for its own."""
-        return optimizer_state.full_weights(self.model) if self.is_fsdp_enabled else None
+        return optimizer_state.full_weights(self._student()) if self.is_fsdp_enabled else None
 
     def _gathered_state(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """The weights, see `_gathered_weights`, and the optimizer's whole state; called by every process."""
         if self.is_fsdp_enabled:
-            return self._gathered_weights(), optimizer_state.full_state(self.model, self._plain_optimizer())
+            return self._gathered_weights(), optimizer_state.full_state(
+                self._student(), self._plain_optimizer()
+            )
         return None, self._plain_optimizer().state_dict()
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        found = self.optimizer
+        return found.optimizer if isinstance(found, AcceleratedOptimizer) else found  # type: ignore[return-value]
 
     def _note_callbacks(self) -> None:
         """Put what callbacks export into the state, as `transformers.Trainer` does."""
@@ -205,7 +210,7 @@ class AtomicCheckpoints(Trainer):
         folder = Path(resume_from_checkpoint)
         checkpoints.compare_position(folder, self.config, len(self.train_dataset))  # type: ignore[arg-type]
         if self.is_fsdp_enabled:
-            optimizer_state.set_full_weights(self.model, self._student(), folder)
+            optimizer_state.set_full_weights(self._student(), folder)
         else:
             load_student(self._student(), folder)
 
@@ -215,10 +220,10 @@ class AtomicCheckpoints(Trainer):
         self._resumed = Path(checkpoint)
         saved = load_tree(self._resumed / OPTIMIZER)
         if self.is_fsdp_enabled:
-            optimizer_state.set_full_state(self.model, self._plain_optimizer(), saved)
+            optimizer_state.set_full_state(self._student(), self._plain_optimizer(), saved)
         else:
             optimizer_state.set_state(self._plain_optimizer(), saved)
-        self.lr_scheduler.load_state_dict(load_tree(self._resumed / SCHEDULER))
+        self.lr_scheduler.load_state_dict(load_tree(self._resumed / SCHEDULER))  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
