@@ -18,7 +18,6 @@ from opsd_train.engines.base import Completion
 from opsd_train.rollouts import Sampling
 
 Result = TypeVar("Result")
-Batch = dict[str, Tensor]
 Write = Callable[[Sequence[Sequence[int]], Sampling, Sequence[int]], list[Completion]]
 
 
@@ -65,22 +64,6 @@ class Ranks:
             return sums
         found: Tensor = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         return found.to(sums.device)
-
-    def counted(self, batches: list[Batch], tokens: int) -> tuple[list[Batch], int]:
-        """The micro-batches of a step and its tokens, with what losses are divided by summed over all processes.
-
-        Denominators are the columns `count_*`, the same in each micro-batch, and at least 1 each, also where
-        there was nothing to count.
-        """
-        if self.count == 1:
-            return batches, tokens
-        empty = not any(bool(batch["counted"].any()) for batch in batches)
-        for name in [name for name in batches[0] if name.startswith("count_")]:
-            own = batches[0][name]
-            found = self.total(torch.zeros_like(own) if empty else own)
-            for batch in batches:
-                batch[name] = torch.where(found == 0, torch.ones_like(found), found)
-        return batches, int(self.total(torch.tensor(tokens)))
 
     def seeded(self, seed: tuple[int, ...]) -> tuple[int, ...]:
         """The seed of this process's draws: every process has its own stream, the first that of a run alone."""

@@ -1,0 +1,120 @@
+"""Two processes on a CPU do what one does: DDP, FSDP2 and ZeRO-3 through accelerate, with gloo."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import distributed_worker as worker
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from driver_tiny import tiny_config, tiny_model
+from safetensors.torch import load_file
+
+from opsd_train.sharding import Ranks, through
+
+HERE = Path(__file__).parent
+ACCUMULATED = {"rows": 2, "gradient_accumulation_steps": 2}
+CHECKPOINTED = {"gradient_checkpointing": True}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp_full": {"wrapper": "ddp"},
+    "ddp_lora": {"wrapper": "ddp", "lora": True, "teacher": "ema", **CHECKPOINTED, **ACCUMULATED},
+    "ddp_untied": {"wrapper": "ddp", "tied": False, "teacher": "sync", **CHECKPOINTED},
+    "ddp_order": {"wrapper": "ddp", "rows": 2, "max_steps": 4, "teacher": "live"},
+    "ddp_method": {"wrapper": "ddp", "method": "scope", "num_generations": 2, "context_templates": worker.TEMPLATES},
+    "ddp_empty": {
+        "wrapper": "ddp", "sorted": True, "length_gate": 1, "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+    },
+    "fsdp_full": {"wrapper": "fsdp"},
+    "fsdp_lora": {"wrapper": "fsdp", "lora": True},
+    "fsdp_untied": {"wrapper": "fsdp", "tied": False, "teacher": "trust_region", **CHECKPOINTED, **ACCUMULATED},
+    "fsdp_ema": {"wrapper": "fsdp", "teacher": "ema", "ema_decay": 0.5},
+    "fsdp_lora_ema": {"wrapper": "fsdp", "lora": True, "teacher": "ema", "ema_decay": 0.5},
+    "fsdp_sync": {"wrapper": "fsdp", "teacher": "sync", "teacher_every": 2},
+    "fsdp_method": {"wrapper": "fsdp", "method": "purified_opsd", "teacher": "ema"},
+    "fsdp_bf16": {"wrapper": "fsdp", "bf16": True},
+    "ddp_bf16": {"wrapper": "ddp", "bf16": True},
+}  # fmt: skip
+ZERO_CASES: dict[str, dict[str, Any]] = {
+    "zero_full": {"wrapper": "zero"},
+    "zero_lora": {"wrapper": "zero", "lora": True, "teacher": "ema", "ema_decay": 0.5, **ACCUMULATED},
+    "zero_untied": {"wrapper": "zero", "tied": False, "teacher": "live", **CHECKPOINTED},
+}
+
+
+def launch(folder: Path, cases: dict[str, Any]) -> Path:
+    """Runs the cases in two processes; returns the folder with what they wrote."""
+    (folder / "cases").write_text(json.dumps(cases), encoding="utf-8")
+    paths = [str(HERE), str(HERE.parent / "python"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(HERE / "distributed_worker.py"), str(folder), str(folder / "cases")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("two"), CASES)
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("zero"), ZERO_CASES)
+
+
+def alone(out: Path, case: dict[str, Any]) -> worker.OPSDTrainer:
+    """The same case in this process: all rows of a step in one batch."""
+    given = {**case, "wrapper": "none"}
+    rows = 2 * given.pop("rows", 4) * given.pop("gradient_accumulation_steps", 1)
+    return worker.make(out, given, rows)
+
+
+def compare(folder: Path, name: str, case: dict[str, Any], out: Path, tolerance: float = 1e-6) -> None:
+    error = folder / f"{name}.error"
+    assert not error.exists(), error.read_text(encoding="utf-8")
+    found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    weights = load_file(folder / f"{name}.safetensors")
+    trainer = alone(out, case)
+    start = {key: one.detach().clone() for key, one in trainer.student.named_parameters()}
+    expected, told = worker.outcome(trainer)
+    assert weights.keys() == expected.keys()
+    assert max(float((expected[key] - start[key]).abs().max()) for key in expected) > 5e-3
+    for key in expected:
+        torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=tolerance)
+    near = {"rel": 1e-5, "abs": 1e-6} if tolerance < 1e-5 else {"rel": 2e-2}
+    for mine, other in zip(found["logs"], told["logs"], strict=True):
+        assert (mine["loss"], mine["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), **near)
+    assert found["after"]["eval_greedy_total"] == len(trainer.held_out) == 5
+    if tolerance < 1e-5:
+        assert found["written"] == told["written"]
+        assert found.get("kl") == (None if "kl" not in told else pytest.approx(told["kl"], abs=1e-5))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(two: Path, tmp_path: Path, name: str) -> None:
+    """Weights after some steps, losses, gradient norms, evaluations: the rows of a step in two shares."""
+    compare(two, name, CASES[name], tmp_path, 5e-4 if "bf16" in name else 1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("name", ZERO_CASES)
+def test_two_processes_with_deepspeed_are_one(zero: Path, tmp_path: Path, name: str) -> None:
+    compare(zero, name, ZERO_CASES[name], tmp_path)
+
+
+def test_a_process_without_tokens_takes_part(tmp_path: Path) -> None:
+    """In `ddp_empty` no row of the second process counts."""
+    trainer = alone(tmp_path, CASES["ddp_empty"])
+    found = worker.lengths(trainer.student, [row["problem"] for row in worker.by_length(trainer.student)])
+    assert found[0] == 1
+    assert min(found[4:]) > 1
