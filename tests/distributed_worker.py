@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from safetensors.torch import save_file
 
+from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from opsd_train.data import load_rows
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import with_lora
@@ -44,7 +44,11 @@ SAME = {
     "logging_steps": 1,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
-TEMPLATES = {"full_solution": "{solution};{problem}", "wrong_answer": "{wrong};{problem}", "plain": "{problem}"}
+TEMPLATES = {
+    "full_solution": "{solution};{problem}",
+    "wrong_answer": "{wrong};{problem}",
+    "plain": "{problem}",
+}
 
 
 def make(out: Path, case: dict[str, Any], rows: int) -> OPSDTrainer:
@@ -55,7 +59,9 @@ def make(out: Path, case: dict[str, Any], rows: int) -> OPSDTrainer:
     if case.pop("lora", False):
         torch.manual_seed(1)
         model = with_lora(model, 4, 8, 0.0)  # type: ignore[arg-type]
-    config = tiny_config(out, **{**SAME, **WRAPPERS[case.pop("wrapper")], "per_device_train_batch_size": rows, **case})
+    config = tiny_config(
+        out, **{**SAME, **WRAPPERS[case.pop("wrapper")], "per_device_train_batch_size": rows, **case}
+    )
     held_out = tiny_prompts(config)[:5]
     if config.method is None:
         return OPSDTrainer(model, config, tiny_prompts(config, data), TOKENIZER, held_out)
@@ -73,7 +79,10 @@ def odd_is_right(completion: str, answer: str | None) -> float:
 
 def lengths(model: Any, problems: list[str]) -> list[int]:
     """Tokens of the greedy completions."""
-    ids = [TOKENIZER.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True) for p in problems]
+    ids = [
+        TOKENIZER.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True)
+        for p in problems
+    ]
     vocabulary = Vocabulary.of(model, TOKENIZER)
     written = generate(model, [one["input_ids"] for one in ids], Sampling(0.0, 1.0, 0, 6), vocabulary, (0,))
     return [len(one) for one in written]

@@ -6,17 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import distributed_worker as worker
 import pytest
 import torch
-from accelerate.utils import DistributedType
-from driver_tiny import tiny_config, tiny_model
 from safetensors.torch import load_file
 
-from opsd_train.sharding import Ranks, through
+import distributed_worker as worker
 
 HERE = Path(__file__).parent
 ACCUMULATED = {"rows": 2, "gradient_accumulation_steps": 2}

@@ -43,7 +43,9 @@ class Ranks:
         self.count, self.index = accelerator.num_processes, accelerator.process_index
         self.wrapped = accelerator.distributed_type != DistributedType.NO
         self.copies: list[Module] = []
-        plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+        plugin = (
+            accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+        )
         self.fsdp = plugin is not None
         if plugin is not None and plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_config: expected version 2, got {plugin.fsdp_version}")
@@ -135,9 +137,9 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     partitioned = [one for one in parameters if hasattr(one, "ds_id")]
     if not partitioned:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # only who trains with it has it installed
+    import deepspeed  # only who trains with it has it installed
 
-    found: AbstractContextManager[Any] = GatheredParameters(partitioned)
+    found: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
     return found
 
 

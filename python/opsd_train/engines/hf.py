@@ -29,7 +29,9 @@ class HFEngine(Engine):
         if not is_sharded(self.student):
             written = generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed)
         else:  # all processes make every pass, those that are done too, until the last one is
-            written = through([(self.student, self.student)], lambda: self._synchronised(prompts, sampling, seed))
+            written = through(
+                [(self.student, self.student)], lambda: self._synchronised(prompts, sampling, seed)
+            )
         return [Completion(tokens, version=self.version) for tokens in written]
 
     def _synchronised(
