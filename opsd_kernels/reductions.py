@@ -41,7 +41,7 @@ def divisor(
 
 
 def total(weight: Tensor, mask: Tensor, normaliser: str) -> Tensor:
-    """What the tokens of a batch are counted as; of a whole one, the exact denominator of each of its parts."""
+    """What tokens are counted as; those of a whole batch, unless 0, are the denominator of its parts."""
     counted = _counted(weight, mask, normaliser)
     found = (counted.sum(1) != 0).sum() if normaliser in BY_SEQUENCE else counted.sum()
     return found.to(weight.dtype)

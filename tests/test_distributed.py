@@ -22,20 +22,21 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp_lora": {"wrapper": "ddp", "lora": True, "teacher": "ema", **CHECKPOINTED, **ACCUMULATED},
     "ddp_untied": {"wrapper": "ddp", "tied": False, "teacher": "sync", **CHECKPOINTED},
     "ddp_order": {"wrapper": "ddp", "rows": 2, "max_steps": 4, "teacher": "live"},
-    "ddp_method": {"wrapper": "ddp", "method": "scope", "num_generations": 2, "context_templates": worker.TEMPLATES},
+    "ddp_method": {
+        "wrapper": "ddp", "method": "scope", "num_generations": 2, "context_templates": worker.TEMPLATES,
+    },
     "ddp_empty": {
         "wrapper": "ddp", "sorted": True, "length_gate": 1, "max_steps": 1,
         "train_sampling_strategy": "sequential",
     },
     "fsdp_full": {"wrapper": "fsdp"},
     "fsdp_lora": {"wrapper": "fsdp", "lora": True},
-    "fsdp_untied": {"wrapper": "fsdp", "tied": False, "teacher": "trust_region", **CHECKPOINTED, **ACCUMULATED},
-    "fsdp_ema": {"wrapper": "fsdp", "teacher": "ema", "ema_decay": 0.5},
+    "fsdp_untied": {
+        "wrapper": "fsdp", "tied": False, "teacher": "trust_region", **CHECKPOINTED, **ACCUMULATED,
+    },
     "fsdp_lora_ema": {"wrapper": "fsdp", "lora": True, "teacher": "ema", "ema_decay": 0.5},
-    "fsdp_sync": {"wrapper": "fsdp", "teacher": "sync", "teacher_every": 2},
     "fsdp_method": {"wrapper": "fsdp", "method": "purified_opsd", "teacher": "ema"},
     "fsdp_bf16": {"wrapper": "fsdp", "bf16": True},
-    "ddp_bf16": {"wrapper": "ddp", "bf16": True},
 }  # fmt: skip
 ZERO_CASES: dict[str, dict[str, Any]] = {
     "zero_full": {"wrapper": "zero"},
@@ -114,3 +115,87 @@ def test_a_process_without_tokens_takes_part(tmp_path: Path) -> None:
     found = worker.lengths(trainer.student, [row["problem"] for row in worker.by_length(trainer.student)])
     assert found[0] == 1
     assert min(found[4:]) > 1
+
+
+def stub(**settings: Any) -> Any:
+    """An accelerator without processes."""
+    plugin = SimpleNamespace(**settings.pop("plugin", {}))
+    given = {"num_processes": 2, "process_index": 1, "distributed_type": DistributedType.MULTI_CPU}
+    return SimpleNamespace(**given | settings, state=SimpleNamespace(fsdp_plugin=plugin))
+
+
+def test_processes_draw_from_streams_of_their_own() -> None:
+    model = tiny_model()
+    first, second = (Ranks(stub(process_index=at), model).seeded((3, 0, 5)) for at in (0, 1))
+    assert first == (3, 0, 5)  # that of a run alone
+    assert second == (3, 0, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"fsdp_version": 1, "cpu_ram_efficient_loading": False}, "expected version 2, got 1"),
+        ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, "expected cpu_ram_efficient_loading false"),
+    ],
+)
+def test_fsdp_that_the_driver_cannot_train_under_is_refused(plugin: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"fsdp_config: {message}"):
+        Ranks(stub(plugin=plugin, distributed_type=DistributedType.FSDP), tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"private": {}}, "private: expected None with 2 processes"),
+        ({"extrapolate": 2}, "extrapolate: expected 0 with 2 processes"),
+        ({"torch_compile": True}, "torch_compile: expected False with 2 processes"),
+        (
+            {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+            r"per_device_train_batch_size: expected a multiple of num_generations \(2\) with 2 processes",
+        ),
+    ],
+)
+def test_what_is_for_one_process_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    config = tiny_config(tmp_path, **settings)
+    monkeypatch.setattr(type(config), "world_size", 2)
+    with pytest.raises(ValueError, match=message):
+        config.check_devices()
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config._n_gpu = 2
+    with pytest.raises(ValueError, match="expected one device per process, got 2 in one"):
+        config.check_devices()
+
+
+def test_a_forward_pass_is_replaced_and_put_back() -> None:
+    """Hooks fire around it, in order; the modules may be called inside, also where they had a forward set."""
+    outer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    inner = outer[0]
+    inner.forward = own = lambda x: x + 1  # as accelerate sets one
+    seen: list[str] = []
+    for name, module in (("outer", outer), ("inner", inner)):
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(f"into {name}"))
+        module.register_forward_hook(lambda *_, name=name: seen.append(f"out of {name}"))
+    found = through([(outer, outer), (inner, inner)], lambda: torch.tensor(float(len(seen))))
+    assert seen == ["into outer", "into inner", "out of inner", "out of outer"]
+    assert found == 2
+    assert inner.forward is own
+    assert "forward" not in outer.__dict__
+    with pytest.raises(ZeroDivisionError):
+        through([(outer, inner)], lambda: 1 / 0)
+    assert inner.forward is own
+
+
+def test_a_loss_keeps_its_precision_in_a_wrapper_that_rounds() -> None:
+    """As FSDP2 does with bf16: the value is the one computed, the gradient goes through what came back."""
+    layer = torch.nn.Linear(2, 2)
+    layer.register_forward_hook(lambda module, args, output: output.bfloat16())
+    loss = through([(layer, layer)], lambda: layer.weight.sum() * 1.001)
+    assert loss.dtype == torch.float32
+    assert loss.item() == (layer.weight.sum() * 1.001).item()
+    loss.backward()
+    torch.testing.assert_close(layer.weight.grad, torch.full((2, 2), 1.001))

@@ -7,12 +7,12 @@ import torch
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear
-from opsd_train import evaluate
 from opsd_train.backbone import logits
+from opsd_train.examined import EVALUATION
 from opsd_train.prompts import Prompt, decode
 from opsd_train.record import RolloutRecord, TokenRecord
 from opsd_train.rollouts import Rollout, collate, evaluating
-from opsd_train.trainer import EVALUATION, OPSDTrainer
+from opsd_train.trainer import OPSDTrainer
 
 
 @torch.no_grad()
@@ -37,14 +37,13 @@ def _record(trainer: OPSDTrainer, rollout: Rollout) -> RolloutRecord:
         objective=trainer.objective,
     )
     top_ids, top_probs = _most_likely(teacher, trainer.config.loss_temperature)
-    match = evaluate.MATCHES[trainer.config.eval_match]
-    answer = rollout.prompt.answer
+    judged = trainer.judge.knows(rollout.prompt)
     return RolloutRecord(
         step=trainer.state.global_step,
         prompt=decode(tokenizer, rollout.prompt.student_ids),
         teacher_prompt=decode(tokenizer, rollout.prompt.teacher_ids),
-        answer=answer,
-        correct=None if answer is None else evaluate.is_correct(rollout, tokenizer, match),
+        answer=rollout.prompt.answer,
+        correct=trainer.judge.judge([rollout], tokenizer)[0] if judged else None,
         tokens=[
             TokenRecord(
                 text=decode(tokenizer, [token]),

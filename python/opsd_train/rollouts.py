@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from opsd_train import stops
 from opsd_train.prompts import Prompt, pad_left, pad_right
 
 
@@ -75,8 +76,12 @@ def generate(
 ) -> list[tuple[int, ...]]:
     """Complete every prompt; the result is a function of the weights, the prompts, `sampling` and `seed`.
 
-    With `synced`, every process goes on until the last one is done, as a sharded model needs it. The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
-    distribution that is trained. The global random state is left as it was.
+    The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
+    distribution that is trained. The global random state is left as it was. With `synced`, every process goes
+    on until the last one is done, as a sharded model needs it.
+
+    Raises:
+        Stopped: a signal asked for it, see `stops`.
     """
     if not prompts:
         return []
@@ -88,8 +93,13 @@ def generate(
             ids, mask = pad_left(prompts[start : start + size], vocabulary.pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
             sequences = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stops.StopRequested()]),
+                synced_gpus=synced,
             )
+            stops.check()
             for tokens in sequences[:, ids.shape[1] :].tolist():
                 completions.append(until_end(tokens, vocabulary.eos_ids))
     return completions

@@ -67,8 +67,12 @@ class Ranks:
         found: Tensor = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         return found.to(sums.device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process, the same answer in all."""
+        return bool(self.total(torch.tensor(int(flag))))
+
     def seeded(self, seed: tuple[int, ...]) -> tuple[int, ...]:
-        """The seed of this process's draws: every process has its own stream, the first that of a run alone."""
+        """The seed of this process's draws: each has its own stream, the first that of a run alone."""
         return (*seed, self.index) if self.index else seed
 
     def shared(self, write: Write) -> Write:
@@ -107,7 +111,7 @@ class Ranks:
         return self.inside(wrapper, lambda: run() * self.count if self.count > 1 else run())
 
     def inside(self, wrapper: Module, run: Callable[[], Result]) -> Result:
-        """What `run` returns, called in the forward pass of the wrapper, of the head and of sharded copies."""
+        """What `run` returns, called in the forward pass of wrapper, head and sharded copies."""
         if not self.wrapped or (wrapper is self.student and not self.sharded):
             return run()
         own = [self.student, *self.copies] if self.sharded else []
@@ -145,7 +149,7 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def state_of(model: Module) -> dict[str, Tensor]:
-    """Every weight of a sharded model by its name, whole, on the CPU of the main process; empty in the others.
+    """Every weight of a sharded model by its name, whole, on the CPU of the main process; else nothing.
 
     One weight at a time is whole on the devices. All processes have to call it.
     """
@@ -186,8 +190,8 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 def through(pairs: Sequence[tuple[Module, Module]], run: Callable[[], Result]) -> Result:
     """What `run` returns, called while each of these modules is in its forward pass, the first outermost.
 
-    Of a pair, the first is called, and the second is a module that it calls or itself: the one whose `forward`
-    is replaced. `run` may call it as usual.
+    Of a pair, the first is called, and the second, a module that it calls or itself, has its `forward`
+    replaced. `run` may call it as usual.
     """
     if not pairs:
         return run()

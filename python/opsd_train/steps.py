@@ -38,9 +38,9 @@ Total = Callable[[Tensor], Tensor]
 def plain_batches(
     written: Written, counting: Counting, pad_id: int, total: Total = lambda count: count
 ) -> tuple[Batches, int]:
-    """The micro-batches, for a divergence to one teacher, and the tokens that count in those of all processes.
+    """The micro-batches, for a divergence to one teacher, and the tokens that count in the whole step.
 
-    `total` sums over the processes.
+    The step is that of all processes, over which `total` sums.
     """
     batches = [collate(written.rollouts[part], pad_id) for part in written.parts]
     for batch in batches:
