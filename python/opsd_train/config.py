@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
 from opsd_train import prompts, teachers
@@ -152,19 +153,25 @@ class OPSDConfig(
                 f"args: expected one device per process, got {self.n_gpu} in one; start a process for each "
                 "(accelerate launch, torchrun), or make one of them visible (CUDA_VISIBLE_DEVICES=0)"
             )
+        if self.deepspeed_plugin is not None and self.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "save_strategy: expected 'no' with DeepSpeed, whose optimizer state is in pieces of its own; "
+                f"got {self.save_strategy.value!r}"
+            )
         if self.world_size == 1:
             return
         for name, alone in (("private", None), ("exposure", None), ("subnetwork", None), ("extrapolate", 0)):
             if (got := getattr(self, name)) != alone:
                 raise ValueError(
-                    f"{name}: expected {alone!r} with {self.world_size} processes, since it is for one; got {got!r}"
+                    f"{name}: expected {alone!r} with {self.world_size} processes, since it is for one; "
+                    f"got {got!r}"
                 )
         if self.torch_compile:
             raise ValueError(f"torch_compile: expected False with {self.world_size} processes; got True")
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
-                f"per_device_train_batch_size: expected a multiple of num_generations ({self.num_generations}) "
-                f"with {self.world_size} processes, so that no group is cut; got "
+                "per_device_train_batch_size: expected a multiple of num_generations "
+                f"({self.num_generations}) with {self.world_size} processes, so that no group is cut; got "
                 f"{self.per_device_train_batch_size}"
             )
 
