@@ -2,6 +2,8 @@
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,10 +50,27 @@ def load(
     where = _where(model, gguf_file, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
-        found = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], **where)
+        with _whole():
+            found = AutoModelForCausalLM.from_pretrained(
+                model, dtype=DTYPES[dtype], use_safetensors=True, **where
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
     return (found if gguf_file is None else plain(found)), tokenizer
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Inside, `from_pretrained` gives every process all of the weights, also where ZeRO-3 is configured.
+
+    The model is evaluated and copied before it is sharded.
+    """
+    active = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = active
 
 
 def load_reader(model: str, gguf_file: str | None = None, revision: str | None = None) -> Reader:
@@ -70,7 +90,7 @@ def _where(model: str, gguf_file: str | None, revision: str | None) -> dict[str,
         raise ValueError(f"model: expected a local folder or a hub id, got {model!r}, which is neither")
     if gguf_file is not None and Path(model).is_dir() and not (Path(model) / gguf_file).is_file():
         raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
-    return {"gguf_file": gguf_file, "revision": revision or "main"}
+    return {"gguf_file": gguf_file, "revision": revision or "main", "trust_remote_code": False}
 
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,7 +98,7 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     twin.load_state_dict(model.state_dict())
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opsd_train.record import write_atomically
+from opsd_train.json_files import write_atomically
 
 BAD_ROWS = "bad_rows.jsonl"
 # What is told of a bad row: what is wrong with it, where it is, and the row as it was.

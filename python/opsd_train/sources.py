@@ -107,7 +107,7 @@ def _folder(path: Path, split: str) -> Iterator[Found]:
         yield from _table(held, str(path))
         return
     try:
-        files = datasets.load_dataset_builder(str(path)).config.data_files or {}
+        files = datasets.load_dataset_builder(str(path), trust_remote_code=False).config.data_files or {}
     except (OSError, ValueError) as error:
         raise ValueError(f"data: expected data files in the folder {path}; {error}") from None
     names = {str(found): str(part) for part, group in files.items() for found in group}
@@ -135,7 +135,9 @@ def _hub(name: str, choice: Choice) -> Iterator[Found]:
     given = options(name, ("split", "revision"))
     split, revision = given.get("split", choice.split), given.get("revision", choice.revision)
     try:
-        table = datasets.load_dataset(repository, configuration or None, split=split, revision=revision)
+        table = datasets.load_dataset(
+            repository, configuration or None, split=split, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"data: expected {EXPECTED}; {name} is no file or folder here, and as a hub id (split {split}): "
@@ -169,7 +171,9 @@ def _table(table: Iterable[Mapping[str, Any]], name: str) -> Iterator[Found]:
 
 def _parquet(path: Path) -> Iterator[Found]:
     try:
-        table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        table = datasets.load_dataset(
+            "parquet", data_files=glob.escape(str(path)), split="train", trust_remote_code=False
+        )
     except Exception as error:  # pyarrow raises errors of its own
         _unreadable(path, error)
     yield from _table(table, str(path))

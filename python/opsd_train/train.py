@@ -1,8 +1,6 @@
 """One run, from a model and rows to a report: what `opsd demo` and `opsd train` have in common."""
 
 import platform
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,13 +15,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from opsd_kernels import get_method
-from opsd_train import data, record
+from opsd_train import data, record, trackers
 from opsd_train.backbone import causal_lm
 from opsd_train.checkpoints import newest_checkpoint
 from opsd_train.config import OPSDConfig
 from opsd_train.data import Row
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import load, with_lora
+from opsd_train.meter import peak_memory_gb
 from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
 from opsd_train.prompts import Encoder
 from opsd_train.quarantine import BAD_ROWS, Refuse, count, stop
@@ -96,6 +95,7 @@ def run(
             highlight=False,
             markup=False,
         )
+    trackers.aim(trainer)
     trainer.add_callback(RecordCallback(written))
     trainer.add_callback(progress := ProgressCallback(console))
     checkpoint = last_checkpoint(config)
@@ -189,11 +189,3 @@ def _minimised(config: OPSDConfig, trainer: OPSDTrainer) -> dict[str, Any]:
     if config.method is None:
         return asdict(trainer.objective)
     return {"method": config.method, **dict(config.method_options or {})}  # type: ignore[arg-type]
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory the run has had: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
