@@ -121,10 +121,8 @@ def test_resuming_keeps_what_was_set_aside_and_a_fresh_start_does_not(tmp_path: 
     again = Quarantine(tmp_path, limit=5, resumes=True)
     again("a: wrong", "a", "x")
     again("b: wrong", "b", {"path": tmp_path})  # what JSON has no form for is written as text
-    assert [json.loads(text)["where"] for text in (tmp_path / BAD_ROWS).read_text().splitlines()] == [
-        "a",
-        "b",
-    ]
+    kept = (tmp_path / BAD_ROWS).read_text().splitlines()
+    assert [json.loads(text)["where"] for text in kept] == ["a", "b"]
     Quarantine(tmp_path, limit=5, resumes=True, writes=False)("c: wrong", "c", "x")
     assert quarantine.count(tmp_path) == 2
     Quarantine(tmp_path, limit=5)

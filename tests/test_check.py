@@ -39,10 +39,7 @@ def test_lengths_columns_and_conventions(tmp_path: Path) -> None:
     found = findings(tmp_path, [*ROWS, {"prompt": "1+1=", "teacher_prompt": "2;1+1="}])
     assert found.conventions == {"problem and solution": 8, "prompt and teacher_prompt": 1}
     assert found.columns["problem"] == 8
-    assert (
-        sorted(found.lengths["student"]) == [6, 6, 6, 6, 7, 8, 8, 10, 10][:0]
-        or len(found.lengths["student"]) == 9
-    )
+    assert found.lengths["student"] == [*(len(row["problem"]) + 2 for row in ROWS), 6]
     assert [len(prompt.student_ids) for prompt in found.prompts] == found.lengths["student"]
     assert found.lengths["solution"] == [len(row["solution"]) for row in ROWS]
     assert found.refused == found.warnings == []
@@ -107,10 +104,8 @@ def test_templates_that_are_seldom_meant(tmp_path: Path) -> None:
     ends, tokens = findings(tmp_path, ROWS, with_template(switch), **thinking).warnings
     assert ends.startswith("the student's prompts end in '<|assistant|>', the teacher's in '<|assistant|>;'")
     assert tokens.startswith("8 rows have prompts whose last 1 tokens differ")
-    assert (
-        findings(tmp_path, ROWS, with_template(switch), student_thinking=True, teacher_thinking=True).warnings
-        == []
-    )
+    thinking["student_thinking"] = True
+    assert findings(tmp_path, ROWS, with_template(switch), **thinking).warnings == []
 
 
 def test_quantiles_are_lengths_that_occur() -> None:

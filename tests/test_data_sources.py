@@ -1,17 +1,17 @@
 """Where rows come from: files of each format, globs, folders, the hub, generated problems."""
 
 import json
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
-from driver_tiny import TOKENIZER, tiny_config, tiny_model
+from driver_tiny import tiny_config
 from opsd_train import generated, sources
 from opsd_train.data import Reading, load, load_rows
-from opsd_train.prompts import Templates
+from opsd_train.prompts import Prompt, Templates
 from opsd_train.run_options import RunOptions
-from opsd_train.train import make_trainer
 from opsd_train.verify import Verifier
 
 TEMPLATES = Templates("{problem}", "{solution};{problem}", "{privileged_context};{prompt}")
@@ -247,22 +247,17 @@ def test_shared_problems_of_files_are_told(tmp_path: Path) -> None:
     assert len(found.rows) == 2
 
 
-def test_generated_rows_train(tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path,
-        student_template="{problem}",
-        max_steps=1,
-        per_device_train_batch_size=2,
-        max_completion_length=2,
-    )
-    options = RunOptions(model="m", data="reasoning_gym:products?size=4&min_digits=1&max_digits=1")
-    # The tiny vocabulary has figures and signs alone.
-    rows = load(options, config).rows
-    plain = [
-        {"problem": row.record["reasoning_gym"]["entry"]["metadata"]["expression"].replace(" * ", "+")}
-        for row in rows
-    ]
-    records = [one | {"solution": str(row.answer)} for one, row in zip(plain, rows, strict=True)]
-    trainer = make_trainer(tiny_model(), TOKENIZER, load_rows(records, config.to_templates()), [], config)
-    trainer.train()
-    assert trainer.state.global_step == 1
+def test_verifier_rewards_rollouts_of_generated_rows_alone() -> None:
+    (row,) = load_rows("reasoning_gym:leg_counting?size=1", TEMPLATES)
+    judge = Verifier.named("reasoning_gym")
+    prompt = Prompt((1,), (1,), row.answer, row.where, row)
+    assert judge.rewards([f"It is {row.answer}.", "No idea."], [prompt, prompt]) == [1.0, 0.0]
+    (other,) = load_rows(RECORDS[:1], TEMPLATES)
+    with pytest.raises(ValueError, match=r"row 1: .* expected a row of reasoning_gym:TASK, got one without"):
+        judge.rewards(["3"], [Prompt((1,), (1,), "3", other.where, other)])
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(ValueError, match="expected the package reasoning-gym for reasoning_gym:gcd"):
+        load_rows("reasoning_gym:gcd", TEMPLATES)
