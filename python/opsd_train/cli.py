@@ -10,7 +10,7 @@ from rich.table import Table
 
 from opsd_train.cli_data import data_tools
 from opsd_train.cli_tools import tools
-from opsd_train.terminal import ANY_OPTION, console, quiet, user_errors
+from opsd_train.terminal import ANY_OPTION, console, early_ends, quiet, user_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +44,8 @@ def demo(
     with user_errors():
         trainer = demo_run.demo(given, console)
     about = {"name": "opsd demo", "model": "the demo's model, on three-digit addition"}
-    report = run(trainer, about, console, existing="replace")
+    with early_ends():
+        report = run(trainer, about, console, existing="replace")
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
@@ -89,7 +90,8 @@ def train(
         trainer = prepare(options, settings, console)
     existing: Literal["resume", "error"] = "resume" if settings.resume_from_checkpoint else "error"
     about = {"name": Path(settings.output_dir).name, "model": options.model, "options": asdict(options)}
-    report = run(trainer, about, console, existing=existing)
+    with early_ends():
+        report = run(trainer, about, console, existing=existing)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 

@@ -68,6 +68,10 @@ class Ranks:
         found: Tensor = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         return found.to(sums.device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process, the same answer in all."""
+        return bool(self.total(torch.tensor(int(flag))))
+
     def counted(self, batches: list[Batch], tokens: int) -> tuple[list[Batch], int]:
         """The micro-batches of a step and its tokens, with what losses are divided by summed over all processes.
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from opsd_kernels import get_method
-from opsd_train import data, record, trackers
+from opsd_train import data, record, stops, trackers
 from opsd_train.backbone import causal_lm
 from opsd_train.checkpoints import newest_checkpoint
 from opsd_train.config import OPSDConfig
@@ -77,17 +77,24 @@ def run(
 ) -> Path:
     """Evaluate, train, evaluate, and write the run folder; returns the path of the report.
 
+    SIGTERM and SIGINT end it at the next safe point, see `stops`; however it ends, its engine is closed. In a
+    run of several processes all of them call this, and the first one writes.
+
     Args:
         trainer: as `make_trainer` made it; its `output_dir` becomes the run folder.
         about: what goes into run.json besides what the trainer knows: `name` and `model` at least.
         console: where progress and the final table appear.
         existing: what to do if the folder holds a run already, see `RunRecord`.
+
+    Raises:
+        Stopped: a signal ended the run, which can be resumed.
+        BadSteps: too many steps in a row were not finite.
+        EngineError: the engine that writes rollouts died, stalled or has other weights.
     """
     config, folder = trainer.config, Path(trainer.config.output_dir or ".")
-    written = RunRecord(folder, existing)
-    started = time.perf_counter()
-    info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
-    written.write_info(info)
+    written = RunRecord(folder, existing) if trainer.is_world_process_zero() else None
+    if written is None:
+        console = Console(quiet=True)
     if config.method is not None:
         console.print(
             f"method {config.method}: the teacher's weights are {config.to_teacher()} (--teacher); published "
@@ -95,42 +102,63 @@ def run(
             highlight=False,
             markup=False,
         )
+    started = time.perf_counter()
+    info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
     trackers.aim(trainer)
-    trainer.add_callback(RecordCallback(written))
-    trainer.add_callback(progress := ProgressCallback(console))
-    checkpoint = last_checkpoint(config)
+    try:
+        with stops.watched(trainer):
+            _train(trainer, written, info, console)
+            trainer.save_model(folder / "model")
+    finally:
+        trainer.engine.close()
+    if written is not None:
+        info |= {
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gb": peak_memory_gb(trainer.args.device),
+        }
+        written.write_info(info)
+        found = load_run(folder).evaluations
+        if found:
+            console.print(accuracy_table(found[0], found[-1]))
+        write_report(folder)
+    return folder / "report.html"
+
+
+def _train(
+    trainer: OPSDTrainer, written: RunRecord | None, info: Mapping[str, Any], console: Console
+) -> None:
+    """Look at the student, train it, and look again; what is seen is written down."""
+    progress = None
+    if written is not None:
+        written.write_info(info)
+        trainer.add_callback(RecordCallback(written))
+        trainer.add_callback(progress := ProgressCallback(console))
+    checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         look(trainer, written, console)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
     look(trainer, written, console)
-    save_model(trainer, folder / "model")
-    info |= {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(trainer.args.device)}
-    written.write_info(info)
-    found = load_run(folder).evaluations
-    if found:
-        console.print(accuracy_table(found[0], found[-1]))
-    return write_report(folder)
 
 
-def look(trainer: OPSDTrainer, written: RunRecord, console: Console) -> None:
+def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> None:
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
-    with console.status(f"evaluating at step {trainer.state.global_step}"):
-        evaluated = {evaluation["step"] for evaluation in load_run(written.directory).evaluations}
-        if trainer.held_out and trainer.state.global_step not in evaluated:
+    step = trainer.state.global_step
+    with console.status(f"evaluating at step {step}"):
+        known = written is not None and step in {
+            evaluation["step"] for evaluation in load_run(written.directory).evaluations
+        }
+        if trainer.held_out and not trainer.ranks.any(known):
             trainer.evaluate()
         if trainer.stored is not None:  # there is no teacher whose opinion could be recorded
             return
         watched = trainer.held_out or trainer.prompts
-        written.add_rollouts(inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded]))
-
-
-def save_model(trainer: OPSDTrainer, folder: Path) -> None:
-    """Weights (of the adapters only, for LoRA) as safetensors, configuration and tokenizer."""
-    trainer.student.save_pretrained(folder)  # type: ignore[operator]
-    trainer.tokenizer.save_pretrained(folder)
+        seen = inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded])
+        if written is not None:
+            written.add_rollouts(seen)
 
 
 def check_output(folder: str | Path | None, existing: Existing) -> None:
