@@ -85,10 +85,8 @@ def test_texts_that_are_seldom_meant(tmp_path: Path, rows: list[dict], message: 
 
 def test_special_tokens_in_the_text_are_told(tmp_path: Path) -> None:
     (warning,) = findings(tmp_path, [*ROWS, {"problem": "1<|pad|>", "solution": "3"}]).warnings
-    assert (
-        warning
-        == f"1 rows have a special token of the tokenizer in their text; the first is {tmp_path}/rows.jsonl line 9"
-    )
+    assert warning.startswith("1 rows have a special token of the tokenizer in their text; the first is ")
+    assert warning.endswith("rows.jsonl line 9")
 
 
 def test_templates_that_are_seldom_meant(tmp_path: Path) -> None:

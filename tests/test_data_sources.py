@@ -118,9 +118,8 @@ def test_hub_id_with_configuration_split_and_revision(monkeypatch: pytest.Monkey
     seen("openai/gsm8k", split="test", revision="v1")
     # Nothing but these: code of a data set is never run.
     assert calls == [
-        (("openai/gsm8k", "main"), {"split": "train", "revision": None}),
-        (("openai/gsm8k", None), {"split": "test", "revision": "abc"}),
-        (("openai/gsm8k", None), {"split": "test", "revision": "v1"}),
+        (("openai/gsm8k", name), {"split": split, "revision": revision, "trust_remote_code": False})
+        for name, split, revision in (("main", "train", None), (None, "test", "abc"), (None, "test", "v1"))
     ]
     with pytest.raises(ValueError, match=r"expected options among split, revision in .*, got 'spilt'"):
         seen("openai/gsm8k?spilt=test")
