@@ -17,9 +17,9 @@ from opsd_train.config import OPSDConfig
 from opsd_train.demo import task
 from opsd_train.diagnose import Candidate, Probe, choose, diagnose, objective_loss
 from opsd_train.given import Given, config_of, load_given
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.passk import Interval
 from opsd_train.prompts import Prompt
-from opsd_train.record import dumps, write_atomically
 from opsd_train.rollouts import Sampling, Vocabulary
 from opsd_train.teachers import Teacher
 from opsd_train.train import PACKAGES

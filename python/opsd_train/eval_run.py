@@ -24,11 +24,12 @@ from opsd_train.demo import task
 from opsd_train.demo.run import MODEL, PRESET
 from opsd_train.engines.make import make_engine
 from opsd_train.examine import Exam, Findings
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.loading import load
 from opsd_train.options import parse
 from opsd_train.progress import interval, intervals
 from opsd_train.prompts import Encoder, Prompt
-from opsd_train.record import INFO, Evaluation, dumps, write_atomically
+from opsd_train.record import INFO, Evaluation
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary
 from opsd_train.run_options import RunOptions
 

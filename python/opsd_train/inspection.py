@@ -1,5 +1,6 @@
 """A few rollouts token by token, so that a person sees where the teacher disagrees."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ from opsd_train.trainer import OPSDTrainer
 def inspect_rollouts(trainer: OPSDTrainer, prompts: Sequence[Prompt]) -> list[RolloutRecord]:
     """Sample a completion of every prompt and write down what student and teacher thought of its tokens."""
     rollouts = trainer.roll_out(prompts, trainer.sampling, (EVALUATION, trainer.state.global_step))
-    return [_record(trainer, rollout) for rollout in rollouts]
+    inside = functools.partial(trainer.ranks.inside, trainer.model_wrapped)
+    return [inside(functools.partial(_record, trainer, rollout)) for rollout in rollouts]
 
 
 def _record(trainer: OPSDTrainer, rollout: Rollout) -> RolloutRecord:

@@ -1,6 +1,6 @@
 """One batch as the student and as every teacher of a method reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Readers:
         self.initial = teacher
         if rule.kind != "initial" and any(role in FROZEN for role in method.roles.contexts):
             self.initial = make_teacher(TeacherRule("initial"), student)
+
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """See `Teacher.place`; the run's teacher is placed already."""
+        if self.initial is not self.teacher:
+            self.initial.place(adopt)
 
     def read(
         self,

@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import charts, highlight
-from .record import Accuracy, Evaluation, Run, load_run, write_atomically
+from .json_files import write_atomically
+from .record import Accuracy, Evaluation, Run, load_run
 from .stack import stacked
 from .worst import worst
 

@@ -12,13 +12,17 @@ from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear, Objective
+from opsd_train import stops
+from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.checkpoints import StepCallback, checkpoint_of
 from opsd_train.completions import Completions
 from opsd_train.config import OPSDConfig
 from opsd_train.effopd import hold_back
+from opsd_train.engines.agreement import Agreement, check_engine_columns
 from opsd_train.engines.make import make_engine
-from opsd_train.examined import TRAINING, Examined
+from opsd_train.examined import EVALUATION, TRAINING, Examined
+from opsd_train.finite import FiniteSteps
 from opsd_train.meter import Meter, logs_next
 from opsd_train.method import MethodRun
 from opsd_train.metrics import teacher_mass
@@ -28,11 +32,12 @@ from opsd_train.prompts import Prompt
 from opsd_train.readers import Readers
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted
 from opsd_train.sampler import Repeated, parts_of
+from opsd_train.sharding import Ranks
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers import Teacher, make_teacher
 
 
-class OPSDTrainer(Examined):
+class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     """Minimises the divergence between student and teacher on the student's own rollouts.
 
     One optimizer step is::
@@ -84,6 +89,7 @@ class OPSDTrainer(Examined):
         check_positions(model, [*train_dataset, *self.held_out], args.max_completion_length)
         self.objective: Objective = args.to_objective()
         self.method = method
+        check_engine_columns(() if method is None else method.needs, args)
         self.vocabulary = Vocabulary.of(causal_lm(model), processing_class)
         self.sampling = Sampling(
             args.temperature, args.top_p, args.top_k, args.max_completion_length, args.generation_batch_size
@@ -98,6 +104,7 @@ class OPSDTrainer(Examined):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.ranks = Ranks(self.accelerator, model)
         check_head(model, train_dataset[0].student_ids)
         self.readers: Readers | StoredReaders | None = None
         if self.stored is None or method is None:
@@ -107,9 +114,13 @@ class OPSDTrainer(Examined):
         else:
             self.teacher = Teacher(model)  # nobody asks it
             self.readers = StoredReaders(method, self.stored.top_k)
+        self.teacher.place(self.ranks.adopt)
+        if isinstance(self.readers, Readers):
+            self.readers.place(self.ranks.adopt)
         self.pieces = Pieces(args, model, self.teacher, method, len(self.prompts), self.validate)
         self.add_callback(StepCallback(self))
-        self.meter = Meter(args.device, args.max_completion_length)
+        self.meter = Meter(args.device, args.max_completion_length, self.ranks.total)
+        self.agreement = Agreement()
         self.completions = Completions(args.output_dir or ".", args.save_completions_every, processing_class)
         self.engine = make_engine(args, model, processing_class, self.vocabulary)
         self.engine_behind = True  # its weights are not those of the student, as after every step
@@ -119,21 +130,24 @@ class OPSDTrainer(Examined):
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
         self.meter.begin_step()
+        self.agreement.begin_step()
         written = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        self.engine.rest()
+        self.expect(written)
         self.meter.count(written.rollouts)
         if not written.rollouts:
             return [{}], 0
         counting, pad_id, exposure = self.config.to_counting(), self.vocabulary.pad_id, self.pieces.exposure
         if self.method is None:
             self.completions.keep(written.step, written.rollouts)
-            return plain_batches(written, counting, pad_id)
+            return self.ranks.counted(*plain_batches(written, counting, pad_id))
         method = self.method if exposure is None else exposure.exposed()
         batches, step = method_batches(written, method, counting, pad_id)
         self.meter.reward(step.rewards)
         self.completions.keep(written.step, written.rollouts, step.rewards)
         if exposure is not None:
             exposure.read(step, pad_id)
-        return batches, sum(len(rollout.completion) for rollout in written.rollouts)
+        return self.ranks.counted(batches, sum(len(rollout.completion) for rollout in written.rollouts))
 
     def _write(self, batches: Sequence[Sequence[Prompt]]) -> Written:
         """The rollouts of the step that is next, in the parts of these batches."""
@@ -167,6 +181,7 @@ class OPSDTrainer(Examined):
             batch = self._prepare_inputs(inputs) if inputs else {}
             with self.compute_loss_context_manager():
                 loss = private.step(batch, self.state.global_step, lambda row: self.compute_loss(model, row))
+        self.hear(inputs, loss, loss_skips=private is None)
         if exposure is not None:
             exposure.hear(loss)
         return loss
@@ -181,13 +196,21 @@ class OPSDTrainer(Examined):
         """Sum of the divergences at the micro-batch's completion tokens over the tokens of the whole step."""
         if return_outputs:
             raise ValueError("return_outputs: expected False, since no logits are formed; got True")
+        inner = self.student if self.ranks.wrapped else model
+        return self.ranks.loss(model, lambda: self._loss(inner, inputs, num_items_in_batch))
+
+    def _loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], tokens: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What this process adds to the loss of the step, called inside the wrapper's forward pass."""
         mask = counted(inputs)
         settings: dict[str, Any] = {
             "mask": mask,
             "temperature": self.config.loss_temperature,
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
-        student, teacher, what = self._minimised(model, inputs, num_items_in_batch)
+        student, teacher, what = self._minimised(model, inputs, tokens)
+        self.agreement.hear(student, inputs)
         # What a cache holds of a teacher is no distribution that could be measured.
         with self.meter.phase("loss"):
             if self.stored is not None or not logs_next(self.args, self.state):
@@ -243,13 +266,18 @@ class OPSDTrainer(Examined):
         self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
     ) -> list[Rollout]:
         """Let the student complete every prompt."""
-        seed = (self.config.seed, *stream)
-        if self.engine_behind:
-            with self.meter.phase("sync"):
-                self.engine.follow(self.state.global_step)
-            self.engine_behind = False
-        with self.meter.phase("rollout"):
-            written = self.engine.write([prompt.student_ids for prompt in prompts], sampling, seed)
+        seed = self.ranks.seeded((self.config.seed, *stream))
+        ids = [prompt.student_ids for prompt in prompts]
+        # The prompts of a training step are this process's already.
+        shared = stream[0] == EVALUATION
+        write = self.ranks.shared(self.engine.write) if shared else self.engine.write
+        with stops.agreed():
+            if self.engine_behind:
+                with self.meter.phase("sync"):
+                    self.engine.follow(self.state.global_step)
+                self.engine_behind = False
+            with self.meter.phase("rollout"):
+                written = write(ids, sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)
@@ -259,7 +287,8 @@ class OPSDTrainer(Examined):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter holds to the metrics of a training step."""
         if "loss" in logs:
-            logs |= self.meter.read() | self.pieces.metrics(self.state.global_step)
+            logs |= self.meter.read() | self.agreement.metrics()
+            logs |= self.pieces.metrics(self.state.global_step)
         super().log(logs, start_time)
 
     def train(
@@ -282,5 +311,5 @@ class OPSDTrainer(Examined):
         if checkpoint is not None:
             self.teacher.load(checkpoint)
             self.pieces.load(checkpoint)
-        self.meter = Meter(self.args.device, self.config.max_completion_length)
+        self.meter = Meter(self.args.device, self.config.max_completion_length, self.ranks.total)
         return super().train(checkpoint, trial, ignore_keys_for_eval)

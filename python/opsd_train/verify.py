@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opsd_train import generated
 from opsd_train.evaluate import MATCHES
 from opsd_train.prompts import Prompt, decode
 from opsd_train.rollouts import Rollout
@@ -31,15 +32,20 @@ class Verifier:
 
     @classmethod
     def named(cls, name: str, option: str = "verifier") -> "Verifier":
-        """`exact`, `number`, `math`, or the function at an import path `package.module:function`.
+        """`exact`, `number`, `math`, `reasoning_gym`, or the function at a path `package.module:function`.
+
+        `reasoning_gym` is the score of the package that generated the row.
 
         Raises ValueError naming the option for any other name and for a path at which there is no function.
         """
         if name in MATCHES:
             return cls(name, MATCHES[name], needs_answer=True)
+        if name == "reasoning_gym":
+            return cls(name, generated.score)
         if ":" not in name:
             raise ValueError(
-                f"{option}: expected one of {', '.join(MATCHES)}, or package.module:function; got {name!r}"
+                f"{option}: expected one of {', '.join(MATCHES)}, reasoning_gym, or package.module:function; "
+                f"got {name!r}"
             )
         return cls(name, imported(option, name))
 
