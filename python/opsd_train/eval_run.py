@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opsd_train.backbone import check_head, check_positions
 from opsd_train.completions import FOLDER, to_rows, write_parquet
 from opsd_train.config import OPSDConfig
-from opsd_train.data import load_rows
+from opsd_train.data import Row, load_rows
 from opsd_train.demo import task
 from opsd_train.demo.run import MODEL, PRESET
 from opsd_train.engines.make import make_engine
@@ -77,8 +77,7 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     )
     with console.status(f"loading {model}"):
         student, tokenizer = load_merged(options)
-    encoder = Encoder(tokenizer, config.max_prompt_length, sys.maxsize, config.student_chat_kwargs)  # type: ignore[arg-type]
-    prompts = encoder.encode(rows)
+    prompts = _encoded(rows, tokenizer, config)
     config.to_judge().require(prompts)
     check_positions(student, prompts, config.max_completion_length)
     check_head(student, prompts[0].student_ids)
@@ -139,6 +138,12 @@ def load_merged(options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise ValueError(f"model: expected base_model_name_or_path in {adapters}; got {base!r}")
     below, tokenizer = load(base, options.dtype, options.gguf_file, options.revision)
     return PeftModel.from_pretrained(below, options.model).merge_and_unload(), tokenizer  # type: ignore[operator]
+
+
+def _encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: OPSDConfig) -> list[Prompt]:
+    """What the student reads; nobody teaches, so that a teacher's budget and template do not matter."""
+    encoder = Encoder(tokenizer, config.max_prompt_length, sys.maxsize, config.student_chat_kwargs)  # type: ignore[arg-type]
+    return encoder.encode([replace(row, teacher=row.student) for row in rows])
 
 
 def _hold(

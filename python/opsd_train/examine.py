@@ -62,8 +62,9 @@ class Judged:
 class Findings:
     """What an exam found. Sample j of problem i is `sampled.rollouts[i + j * problems]`.
 
-    Intervals are Wilson's where a problem was answered once; samples of one problem are not independent, so
-    with several the problems are resampled (`passk.bootstrap`).
+    Samples of one problem are not independent, so that intervals are over problems: Wilson's where each is
+    either solved or not (greedy, one sample, pass@k of all k samples), else by resampling them
+    (`passk.bootstrap`).
     """
 
     greedy: Judged
@@ -78,18 +79,25 @@ class Findings:
 
     def evaluation(self, step: int) -> Evaluation:
         """The numbers, as the record has them."""
-        counts, right = self.counts(), sum(self.sampled.right)
-        sampled = wilson(right, len(self.sampled.right))
+        sampled = wilson(sum(self.sampled.right), len(self.sampled.right))
         if self.samples > 1:
-            one = mean_pass_at_k(counts, self.samples, 1)
+            one = self.pass_at_k(1)
             sampled = sampled | {"low": one["low"], "high": one["high"]}
         return Evaluation(
             step=step,
             greedy=wilson(sum(self.greedy.right), len(self.greedy.right)),
             sampled=sampled,
             samples=self.samples,
-            pass_at_k=[PassAtK(k=k, **mean_pass_at_k(counts, self.samples, k)) for k in self.ks],
+            pass_at_k=[self.pass_at_k(k) for k in self.ks],
         )
+
+    def pass_at_k(self, k: int) -> PassAtK:
+        """The chance that one of k samples is right."""
+        counts = self.counts()
+        if k < self.samples:
+            return PassAtK(k=k, **mean_pass_at_k(counts, self.samples, k))
+        solved = wilson(sum(count > 0 for count in counts), len(counts))
+        return PassAtK(k=k, value=solved["accuracy"], low=solved["low"], high=solved["high"])
 
 
 def to_metrics(evaluation: Evaluation, prefix: str = "eval") -> dict[str, float]:
