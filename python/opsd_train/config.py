@@ -13,11 +13,12 @@ from opsd_train.evaluate import MATCHES
 from opsd_train.method_config import MethodConfig, json_object, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
+from opsd_train.served_config import ServedConfig
 from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
-class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments):
+class OPSDConfig(EngineConfig, ServedConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
     Some defaults of the former are others here: 100 steps, an evaluation and a checkpoint every 20 of them, a
@@ -48,8 +49,8 @@ class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodCo
         "initial",
         "Weights of the teacher: `initial` (adapters off, or a frozen copy), `live` (those of this step; it "
         "tends to collapse), `ema` (their moving average), `sync` (a copy of the student, renewed every "
-        "teacher_every steps), `trust_region` (a geometric mixture of `initial` and `live`) or `model` "
-        "(another model).",
+        "teacher_every steps), `trust_region` (a geometric mixture of `initial` and `live`), `model` "
+        "(another model) or `served` (a model behind a vLLM server, at teacher_url).",
     )
     ema_decay: float = option(
         0.98, "teacher = decay * teacher + (1 - decay) * student, every teacher_every optimizer steps."
@@ -126,6 +127,7 @@ class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodCo
         for name in ("student_chat_kwargs", "teacher_chat_kwargs"):
             setattr(self, name, json_object(name, getattr(self, name) or {}))
         self.check_engine()
+        self.check_served()
         self.check_watch()
         self.check_safety()
         self.check_method()
@@ -158,7 +160,7 @@ class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodCo
         _one_of("objective", self.objective, tuple(named))
         settings = ("beta", "entry_clip", "clip_mode", "token_clip")
         given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
-        return dataclasses.replace(named[self.objective], **given)
+        return self.over_known(dataclasses.replace(named[self.objective], **given))
 
     def to_teacher(self) -> teachers.TeacherRule:
         """Which weights teach."""
@@ -169,6 +171,7 @@ class OPSDConfig(EngineConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodCo
             self.teacher_copy_every,
             self.teacher_share,
             self.teacher_model,
+            self.to_served(opsd_kernels.named_objectives()[self.objective]),
         )
 
     def to_templates(self) -> prompts.Templates:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
-from opsd_kernels import Hidden, LogLinear, Objective
+from opsd_kernels import Hidden, LogLinear, Objective, TopK
 from opsd_train import evaluate
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.checkpoints import StepCallback, checkpoint_of
@@ -185,8 +185,8 @@ class OPSDTrainer(Trainer):
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
         student, teacher, what = self._minimised(model, inputs, num_items_in_batch)
-        # What a cache holds of a teacher is no distribution that could be measured.
-        if self.stored is not None or not logs_next(self.args, self.state):
+        # What a cache holds of a teacher, or a server says, is no distribution that could be measured.
+        if self.stored is not None or not self.teacher.is_whole or not logs_next(self.args, self.state):
             return opsd_kernels.loss(student, teacher, **settings, **what)
         loss, stats = opsd_kernels.loss_and_stats(student, teacher, **settings, **what)
         self.meter.add(stats, mask)
@@ -209,7 +209,7 @@ class OPSDTrainer(Trainer):
 
     def distributions(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
-    ) -> tuple[Hidden, Hidden | LogLinear]:
+    ) -> tuple[Hidden, Hidden | LogLinear | TopK]:
         """The next-token distributions of student and teacher at the completion's tokens, [B, C].
 
         Raises ValueError for a batch in which they are not those of the same tokens.
@@ -217,11 +217,9 @@ class OPSDTrainer(Trainer):
         check_alignment(inputs)
         length = inputs["completion_mask"].shape[1]
         with self.accelerator.autocast():
-            teacher = self.teacher.source(
-                inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length
-            )
             hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
-        return head_source(model, hidden), teacher
+            student = head_source(model, hidden)
+            return student, self.teacher.beside(student, inputs, length)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Every prompt `num_generations` times in a row, so that its rollouts are in one step."""

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from opsd_train.engines.server_config import ServerConfig
 from opsd_train.method_config import option
 
 ENGINES = ("hf", "vllm", "vllm-server")
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(ServerConfig):
     """Options of the engine that writes rollouts."""
 
     rollouts: str = option(
@@ -20,3 +21,4 @@ class EngineConfig:
         """ValueError for an option that is out of range, or that the engine chosen does not have."""
         if self.rollouts not in ENGINES:
             raise ValueError(f"rollouts: expected one of {', '.join(ENGINES)}; got {self.rollouts!r}")
+        self.check_server()
