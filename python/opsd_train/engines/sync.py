@@ -119,6 +119,7 @@ class LoraSync(Sync):
         state = {key: whole(tensor).contiguous().cpu() for key, tensor in state.items()}
         if not self.is_main:
             return
+        self._unload(tag)  # of a run that was resumed at this step
         partial, target = self.folder / f"{tag}.partial", self.folder / tag
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -126,7 +127,6 @@ class LoraSync(Sync):
         self.peft.peft_config[name].save_pretrained(str(partial))
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
-        self._unload(tag)  # of a run that was resumed at this step
         self.client.post("/v1/load_lora_adapter", {"lora_name": tag, "lora_path": str(target.resolve())})
         if self.last is not None and self.last != tag:
             self._unload(self.last)
@@ -209,5 +209,6 @@ def write_weights(weights: Iterator[tuple[str, torch.Tensor]], target: Path, is_
             shard, size, count = {}, 0, count + 1
         shard[name] = tensor.detach().contiguous().cpu()
         size += tensor.nbytes
-    save_file(shard, partial / f"model-{count:05d}.safetensors", metadata={"format": "pt"})
+    name = f"model-{count:05d}.safetensors" if count else "model.safetensors"
+    save_file(shard, partial / name, metadata={"format": "pt"})
     os.rename(partial, target)
