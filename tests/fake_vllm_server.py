@@ -6,6 +6,7 @@ Run as a program it takes the arguments of `vllm.entrypoints.openai.api_server` 
 import base64
 import hashlib
 import io
+import itertools
 import json
 import sys
 import threading
@@ -26,9 +27,9 @@ class FakeServer:
     """A server in threads of this process.
 
     `fault` names what goes wrong from now on:
-    `die` (connections are cut in the middle), `hang` (no route answers), `silent` (only /health does), `error`
-    (500 for rollouts), `half` (a transfer leaves out the last half of the tensors), `stale` (a transfer leaves
-    all of them), `restarted` (the version is forgotten), `mixed` (rollouts say another version), `short` (a
+    `die` (connections are cut in the middle), `hang` (no route answers), `silent` (only /health does),
+    `error` (500 for rollouts), `half` (a transfer leaves out the last half of the tensors), `stale` (it
+    leaves out all of them), `restarted` (the version is forgotten), `mixed` (rollouts say another version), `short` (a
     log-prob is missing), `late` (a completion goes on behind its end).
     """
 
@@ -270,8 +271,8 @@ ROUTES = {
 
 
 def main(arguments: list[str]) -> None:
-    """Serve until killed; `--fault-after N FAULT` breaks after N requests for rollouts."""
-    given = dict(zip(arguments, arguments[1:], strict=False))
+    """Serve until killed."""
+    given = dict(itertools.pairwise(arguments))
     model = AutoModelForCausalLM.from_pretrained(given["--model"])
     server = FakeServer(model, AutoTokenizer.from_pretrained(given["--model"]), int(given["--port"]))
     print(f"serving at {server.url}", flush=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
-from fake_vllm_server import FakeServer
 from peft import LoraConfig, get_peft_model
 
+from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
+from fake_vllm_server import FakeServer
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.server import make_server_engine
@@ -287,7 +287,9 @@ PACKAGE = "import runpy, sys; sys.argv[0] = {fake!r}; runpy.run_path({fake!r}, r
 def package(tmp_path, monkeypatch):
     folder = tmp_path / "package" / "vllm" / "entrypoints" / "openai"
     folder.mkdir(parents=True)
-    (folder / "api_server.py").write_text(PACKAGE.format(fake=str(Path(__file__).with_name("fake_vllm_server.py"))))
+    (folder / "api_server.py").write_text(
+        PACKAGE.format(fake=str(Path(__file__).with_name("fake_vllm_server.py")))
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "package"), prepend=":")
     server = FakeServer(tiny_model(), TOKENIZER)  # for a port that is free
     server.close()
@@ -308,7 +310,9 @@ def gone(what: str, seconds: float) -> bool:
 
 
 def start(package, tmp_path):
-    config = tiny_config(tmp_path, rollouts="vllm-server", vllm_start=True, vllm_url=package, vllm_stall_seconds=STALL)
+    config = tiny_config(
+        tmp_path, rollouts="vllm-server", vllm_start=True, vllm_url=package, vllm_stall_seconds=STALL
+    )
     student = tiny_model()
     return make_server_engine(config, student, TOKENIZER, Vocabulary.of(student, TOKENIZER)), student
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
-from fake_vllm_server import FakeServer
 
 import opsd_kernels
+from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
+from fake_vllm_server import FakeServer
 from opsd_kernels import Objective, Support
 from opsd_train.engines.base import EngineError
 from opsd_train.rollouts import collate
@@ -21,7 +21,12 @@ def server():
 
 
 def make(server, tmp_path, **settings):
-    given = {"teacher": "served", "teacher_url": server.url, "teacher_served_top_k": 5, "vllm_stall_seconds": 3.0}
+    given = {
+        "teacher": "served",
+        "teacher_url": server.url,
+        "teacher_served_top_k": 5,
+        "vllm_stall_seconds": 3.0,
+    }
     return tiny_trainer(tmp_path, **(given | settings))
 
 
@@ -48,7 +53,7 @@ def test_log_probs_are_those_of_the_teachers_model_at_the_students_top_tokens(se
     mask = batch["completion_mask"].bool()
     assert not mask.all()  # completions of different lengths
     with torch.no_grad():
-        student, teacher = trainer.distributions(trainer.student, batch)
+        _, teacher = trainer.distributions(trainer.student, batch)
     own = read(trainer.student, batch["input_ids"], batch["attention_mask"], mask.shape[1])
     theirs = read(server.model, batch["teacher_input_ids"], batch["teacher_attention_mask"], mask.shape[1])
     assert torch.equal(teacher.ids[mask].sort(-1).values, own.topk(5).indices[mask].sort(-1).values)
@@ -119,7 +124,10 @@ def test_an_objective_over_the_teachers_tokens_is_refused(tmp_path):
     config = tiny_config(tmp_path, teacher="served", teacher_url="http://127.0.0.1:1")
     with pytest.raises(ValueError, match="objective: expected one over the student's tokens"):
         config.over_known(Objective("forward_kl", support=Support(5, "teacher")))
-    assert config.over_known(Objective("reverse_kl", support=Support(7, "student", "drop"))).support.rest == "drop"
+    assert (
+        config.over_known(Objective("reverse_kl", support=Support(7, "student", "drop"))).support.rest
+        == "drop"
+    )
 
 
 def test_a_server_without_the_v2_runner_is_named(server, tmp_path):

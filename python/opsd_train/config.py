@@ -18,7 +18,9 @@ from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
-class OPSDConfig(EngineConfig, ServedConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments):
+class OPSDConfig(
+    EngineConfig, ServedConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments
+):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
     Some defaults of the former are others here: 100 steps, an evaluation and a checkpoint every 20 of them, a

@@ -113,7 +113,10 @@ class Scorer:
             return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
         rows = answer["prompt_logprobs"][-len(ids) :]
         return np.array(
-            [[row[str(token)]["logprob"] for token in wanted] for row, wanted in zip(rows, ids.tolist(), strict=True)],
+            [
+                [row[str(token)]["logprob"] for token in wanted]
+                for row, wanted in zip(rows, ids.tolist(), strict=True)
+            ],
             dtype=np.float32,
         )
 

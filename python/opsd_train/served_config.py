@@ -13,7 +13,8 @@ class ServedConfig:
     """Options of `--teacher served`."""
 
     teacher_url: str | None = option(
-        None, "The vLLM server of a `served` teacher, started with --enable-scale-out; it shares the tokenizer."
+        None,
+        "The vLLM server of a `served` teacher, started with --enable-scale-out; it shares the tokenizer.",
     )
     teacher_served_top_k: int = option(
         64, "A `served` teacher says how likely the student's so many most likely tokens are."

@@ -140,9 +140,7 @@ class ServedTeacher(Teacher):
         """ValueError: it has no hidden states here."""
         raise ValueError("teacher: expected one whose weights are here, not a served one, for this use")
 
-    def beside(
-        self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int
-    ) -> TopK:
+    def beside(self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int) -> TopK:
         """Its log-probs of the student's most likely tokens."""
         return self.reader.read(student, inputs)
 

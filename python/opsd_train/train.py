@@ -121,7 +121,9 @@ def look(trainer: OPSDTrainer, written: RunRecord, console: Console) -> None:
         evaluated = {evaluation["step"] for evaluation in load_run(written.directory).evaluations}
         if trainer.held_out and trainer.state.global_step not in evaluated:
             trainer.evaluate()
-        if trainer.stored is not None or not trainer.teacher.is_whole:  # there is no teacher whose opinion could be recorded
+        if (
+            trainer.stored is not None or not trainer.teacher.is_whole
+        ):  # there is no teacher whose opinion could be recorded
             return
         watched = trainer.held_out or trainer.prompts
         written.add_rollouts(inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded]))

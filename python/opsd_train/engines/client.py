@@ -51,7 +51,7 @@ class ServerClient:
         return self._each(one, bodies, concurrency, streams=False)
 
     def stream_all(self, path: str, bodies: Sequence[Any], concurrency: int) -> list[list[Any]]:
-        """The events that the server streams for each request. Some event has to come every `stall` seconds."""
+        """The events that the server streams for each request; some event has to come in `stall` seconds."""
 
         def one(body: Any, beat: "_Beat") -> list[Any]:
             found = []
@@ -108,7 +108,7 @@ class ServerClient:
             watcher.join()
 
     def _watch(self, beat: "_Beat", streams: bool) -> None:
-        """Ask for the server's health while it is silent, and cut every call if it is ill or silent for long."""
+        """Ask for the server's health while it is silent; cut every call if it is ill, or silent for long."""
         while not beat.ended.wait(self.stall / 6):
             silent = time.monotonic() - beat.heard
             if silent < self.stall / 3:

@@ -34,9 +34,7 @@ class ServedModel:
     max_logprobs: int
 
 
-def look_at(
-    client: ServerClient, tokenizer: PreTrainedTokenizerBase, sync: str
-) -> ServedModel:
+def look_at(client: ServerClient, tokenizer: PreTrainedTokenizerBase, sync: str) -> ServedModel:
     """A server that rollouts can come from.
 
     Raises:
@@ -108,7 +106,7 @@ def keeps_own_head(client: ServerClient, served: ServedModel) -> bool:
     found = any(name.endswith("lm_head.weight") for name in names)
     if served.device == "cpu" and not found:
         raise ValueError(
-            "vllm_url: expected a server that keeps a tied head apart, since vLLM on a CPU never updates one: "
+            "vllm_url: expected a server that keeps a tied head apart, as vLLM on a CPU never updates one: "
             "ask for vllm_start, or start it from a checkpoint with a lm_head.weight of its own and "
             f"tie_word_embeddings false; {client.url} has a tied one"
         )

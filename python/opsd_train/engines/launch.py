@@ -100,7 +100,9 @@ class ChildServer:
         end = time.monotonic() + seconds
         while client.healthy(2.0) is not None:
             if self.process.poll() is not None:
-                raise EngineError(f"vLLM server: ended with {self.process.returncode} at its start: {self.said()}")
+                raise EngineError(
+                    f"vLLM server: ended with {self.process.returncode} at its start: {self.said()}"
+                )
             if time.monotonic() > end:
                 self.close()
                 raise EngineError(f"vLLM server: not there after {seconds:.0f} s: {self.said()}")

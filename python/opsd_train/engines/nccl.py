@@ -51,7 +51,9 @@ class NcclSync(Sync):
         thread.join(self.client.timeout)
         if thread.is_alive() or failed:
             what = f"{failed[0]}" if failed else f"not done after {self.client.timeout:.0f} s"
-            raise EngineError(f"vLLM server at {self.client.url}: the NCCL transfer of weights failed: {what}")
+            raise EngineError(
+                f"vLLM server at {self.client.url}: the NCCL transfer of weights failed: {what}"
+            )
         if self.is_main:
             self.client.post("/resume")
 

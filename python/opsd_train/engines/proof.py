@@ -23,8 +23,8 @@ class Proof:
         client: the server.
         served: what it serves.
         checksums: whether tensors are compared bit by bit. vLLM fuses and repacks most weights; compared are
-            those that it had under the trainer's names, with equal bits, after the first transfer (embeddings,
-            norms, projections that are not fused), and at least one of them.
+            those that it had under the trainer's names, with equal bits, after the first transfer (norms,
+            embeddings, projections that are not fused), and at least one of them.
     """
 
     def __init__(self, client: ServerClient, served: ServedModel, checksums: bool = True) -> None:
@@ -37,7 +37,9 @@ class Proof:
         end = time.monotonic() + seconds
         while (found := self.client.get("/weight_info")["weight_version"]) != tag:
             if time.monotonic() > end:
-                raise EngineError(f"vLLM server at {self.client.url}: expected weights {tag!r}, got {found!r}")
+                raise EngineError(
+                    f"vLLM server at {self.client.url}: expected weights {tag!r}, got {found!r}"
+                )
             time.sleep(0.2)
 
     def check(self, sync: Sync, tag: str) -> None:
@@ -74,8 +76,8 @@ class Proof:
         missing = sorted(self.compared - equal)
         if missing:
             raise EngineError(
-                f"vLLM server at {self.client.url}: {len(missing)} of {len(self.compared)} tensors do not have "
-                f"the trainer's bits after a transfer, {missing[0]!r} among them: it was not complete"
+                f"vLLM server at {self.client.url}: {len(missing)} of {len(self.compared)} tensors do not "
+                f"have the trainer's bits after a transfer, {missing[0]!r} among them: it was not complete"
             )
 
     @torch.no_grad()
@@ -85,7 +87,13 @@ class Proof:
         size = model.config.get_text_config().vocab_size
         length = min(PROBE, self.served.max_length // 4)
         prompt = torch.linspace(0, size - 1, length).long().tolist()
-        settings = {"temperature": 0.0, "max_tokens": length, "logprobs": 0, "ignore_eos": True, "detokenize": False}
+        settings = {
+            "temperature": 0.0,
+            "max_tokens": length,
+            "logprobs": 0,
+            "ignore_eos": True,
+            "detokenize": False,
+        }
         body = {"model": sync.model(self.served.name, tag), "token_ids": prompt, "sampling_params": settings}
         choice = self.client.post(GENERATE, body)["choices"][0]
         written = torch.tensor(choice["token_ids"])

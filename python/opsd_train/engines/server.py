@@ -117,8 +117,8 @@ class ServerEngine(Engine):
                 versions = choice["weight_versions"] or versions
         if not all(0 <= token < self.settings.vocabulary_size for token in tokens):
             raise EngineError(
-                f"vLLM server at {self.client.url}: expected tokens below {self.settings.vocabulary_size}, the "
-                f"student's vocabulary; got {max(tokens)}"
+                f"vLLM server at {self.client.url}: expected tokens below {self.settings.vocabulary_size}, "
+                f"the student's vocabulary; got {max(tokens)}"
             )
         ends = self.vocabulary.eos_ids
         whole = bool(tokens) and not any(token in ends for token in tokens[:-1])
@@ -126,8 +126,8 @@ class ServerEngine(Engine):
         if not whole or not ended or len(logprobs) != len(tokens) or reason not in ("stop", "length"):
             raise EngineError(
                 f"vLLM server at {self.client.url}: expected a rollout up to its first end-of-sequence or of "
-                f"{most} tokens, with as many log-probs; got {len(tokens)} tokens, {len(logprobs)} log-probs, "
-                f"finish_reason {reason!r}"
+                f"{most} tokens, with as many log-probs; got {len(tokens)} tokens, {len(logprobs)} "
+                f"log-probs, finish_reason {reason!r}"
             )
         wrote = {span["version"] for span in versions or []}
         if wrote != {self.tag}:

@@ -38,7 +38,8 @@ class ServerConfig:
         30.0, "A server that is silent for so long has stalled, and ends the run."
     )
     vllm_call_seconds: float = option(
-        600.0, "A single call to the server, a whole rollout or transfer of weights, takes no longer than this."
+        600.0,
+        "A single call to the server, a whole rollout or transfer of weights, takes no longer than this.",
     )
     vllm_concurrency: int = option(256, "Requests that a vLLM server has at once.")
     vllm_checksums: bool = option(
@@ -69,5 +70,7 @@ class ServerConfig:
     @property
     def run_tag(self) -> str:
         """What the versions of this run's weights begin with on a server, the same on every rank."""
-        about = f"{getattr(self, 'output_dir', '')} {getattr(self, 'run_name', '')} {getattr(self, 'seed', 0)}"
+        about = (
+            f"{getattr(self, 'output_dir', '')} {getattr(self, 'run_name', '')} {getattr(self, 'seed', 0)}"
+        )
         return hashlib.sha256(about.encode()).hexdigest()[:8]

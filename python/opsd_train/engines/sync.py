@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +50,9 @@ class Sync:
         if self.is_main:
             found = self.client.post("/reset_prefix_cache")
             if not (found or {}).get("success"):
-                raise EngineError(f"vLLM server at {self.client.url}: did not reset its prefix cache: {found}")
+                raise EngineError(
+                    f"vLLM server at {self.client.url}: did not reset its prefix cache: {found}"
+                )
             self.client.post("/update_weight_version", {"new_version": tag})
 
     def _transfer(self, tag: str) -> None:
@@ -108,8 +110,10 @@ class LoraSync(Sync):
         if not isinstance(student, PeftModel):
             raise ValueError("vllm_sync: expected a student with LoRA adapters for 'lora'; got one without")
         config = student.peft_config[student.active_adapter]
-        if config.use_dora or config.modules_to_save:  # type: ignore[union-attr]
-            raise ValueError("vllm_sync: expected plain LoRA for 'lora'; got use_dora or modules_to_save")
+        if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
+            raise ValueError(
+                "vllm_sync: expected plain LoRA for 'lora'; got another kind of adapter, use_dora or modules_to_save"
+            )
         self.peft, self.folder = student, folder
         self.last: str | None = None
 
