@@ -13,13 +13,21 @@ from opsd_train.engines.config import EngineConfig
 from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
+from opsd_train.served_config import ServedConfig
 from opsd_train.thinking_config import ThinkingConfig
 from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
 class OPSDConfig(
-    EngineConfig, WatchConfig, SafetyConfig, ThinkingConfig, PiecesConfig, MethodConfig, TrainingArguments
+    EngineConfig,
+    ServedConfig,
+    WatchConfig,
+    SafetyConfig,
+    ThinkingConfig,
+    PiecesConfig,
+    MethodConfig,
+    TrainingArguments,
 ):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
@@ -51,8 +59,8 @@ class OPSDConfig(
         "initial",
         "Weights of the teacher: `initial` (adapters off, or a frozen copy), `live` (those of this step; it "
         "tends to collapse), `ema` (their moving average), `sync` (a copy of the student, renewed every "
-        "teacher_every steps), `trust_region` (a geometric mixture of `initial` and `live`) or `model` "
-        "(another model).",
+        "teacher_every steps), `trust_region` (a geometric mixture of `initial` and `live`), `model` "
+        "(another model) or `served` (a model behind a vLLM server, at teacher_url).",
     )
     ema_decay: float = option(
         0.98, "teacher = decay * teacher + (1 - decay) * student, every teacher_every optimizer steps."
@@ -129,6 +137,7 @@ class OPSDConfig(
         super().__post_init__()
         self.check_thinking()
         self.check_engine()
+        self.check_served()
         self.check_watch()
         self.check_safety()
         self.check_method()
@@ -181,7 +190,7 @@ class OPSDConfig(
         _one_of("objective", self.objective, tuple(named))
         settings = ("beta", "entry_clip", "clip_mode", "token_clip")
         given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
-        return dataclasses.replace(named[self.objective], **given)
+        return self.over_known(dataclasses.replace(named[self.objective], **given))
 
     def to_teacher(self) -> teachers.TeacherRule:
         """Which weights teach."""
@@ -192,6 +201,7 @@ class OPSDConfig(
             self.teacher_copy_every,
             self.teacher_share,
             self.teacher_model,
+            self.to_served(opsd_kernels.named_objectives()[self.objective]),
         )
 
     def to_templates(self) -> prompts.Templates:

@@ -1,7 +1,7 @@
 """Where the teacher's weights come from: the start of training, this step, those between, or elsewhere."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,14 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from opsd_kernels import Hidden, LogLinear
+from opsd_kernels import Hidden, LogLinear, TopK
 from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.effective import adapters_add, effective_weights, frozen_copy, require_lora_alone
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
+from opsd_train.served import ServedReader, ServedRule
 from opsd_train.sharding import is_main, part_of, whole
 
-KINDS = ("initial", "live", "ema", "sync", "trust_region", "model")
+KINDS = ("initial", "live", "ema", "sync", "trust_region", "model", "served")
 EMA_FILE = "ema_teacher.safetensors"
 SYNC_FILE = "sync_teacher.safetensors"
 ADAPTED = BaseTunerLayer | ModulesToSaveWrapper
@@ -33,12 +34,13 @@ class TeacherRule:
     Args:
         kind: one of `KINDS`. `initial`: those that training started from; `live`: those of this step; `ema`:
             a moving average; `sync`: a copy that is renewed; `trust_region`: a geometric mixture of `initial`
-            and `live`; `model`: another model's.
+            and `live`; `model`: another model's; `served`: those of a vLLM server.
         decay: of `ema`, in [0, 1).
         every: optimizer steps from one update of `ema` or `sync` to the next.
         copy_every: optimizer steps after which `ema` is set to the student itself; 0 for never.
         share: of `live` in `trust_region`, in [0, 1].
         model: folder or hub id, of `model`.
+        served: how the server is asked, of `served`.
     """
 
     kind: str = "initial"
@@ -47,6 +49,7 @@ class TeacherRule:
     copy_every: int = 0
     share: float = 0.05
     model: str | None = None
+    served: ServedRule | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -66,7 +69,12 @@ class TeacherRule:
                 f"{self.model!r} with {self.kind!r}"
             )
 
+        if (self.kind == "served") != (self.served is not None):
+            raise ValueError(f"teacher: expected 'served' with a server and only then; got {self.kind!r}")
+
     def __str__(self) -> str:
+        if self.served is not None:
+            return f"served by {self.served.url}, the student's {self.served.top_k} most likely tokens"
         every = f" every {self.every} steps" if self.every > 1 else ""
         copied = f", copied every {self.copy_every}" if self.copy_every else ""
         return {
@@ -84,6 +92,8 @@ class Teacher:
         model: the model to read with; never trained through this class.
     """
 
+    is_whole = True  # its distributions are known at every entry
+
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
@@ -95,6 +105,12 @@ class Teacher:
         with evaluating(self.model), self.weights():
             hidden = completion_hidden(self.model, input_ids, attention_mask, length)
             return head_source(self.model, hidden)
+
+    def beside(
+        self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int
+    ) -> Hidden | LogLinear | TopK:
+        """What the teacher says of a batch whose student is known; only a served one makes use of that."""
+        return self.source(inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length)
 
     def weights(self) -> AbstractContextManager[None]:
         """Inside, `model` has the teacher's weights."""
@@ -112,6 +128,29 @@ class Teacher:
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote."""
+
+
+class ServedTeacher(Teacher):
+    """A model behind a vLLM server, asked about the student's most likely tokens.
+
+    Args:
+        model: the student, whose weights are none of its business.
+        reader: asks the server.
+    """
+
+    is_whole = False
+
+    def __init__(self, model: torch.nn.Module, reader: ServedReader) -> None:
+        super().__init__(model)
+        self.reader = reader
+
+    def source(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> Hidden:
+        """ValueError: it has no hidden states here."""
+        raise ValueError("teacher: expected one whose weights are here, not a served one, for this use")
+
+    def beside(self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int) -> TopK:
+        """Its log-probs of the student's most likely tokens."""
+        return self.reader.read(student, inputs)
 
 
 class AdapterOffTeacher(Teacher):
@@ -266,6 +305,10 @@ def make_teacher(
     """
     if rule.kind == "live":
         return Teacher(student)
+    if rule.served is not None:
+        if tokenizer is None:
+            raise ValueError("teacher: expected a tokenizer for a served one, got none")
+        return ServedTeacher(student, ServedReader(rule.served, tokenizer))
     if rule.model is not None:
         return Teacher(load_teacher(rule.model, student, tokenizer))
     if isinstance(student, PeftModel):

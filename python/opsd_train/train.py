@@ -155,7 +155,9 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
         }
         if trainer.held_out and not trainer.ranks.any(known):
             trainer.evaluate()
-        if trainer.stored is not None:  # there is no teacher whose opinion could be recorded
+        if (
+            trainer.stored is not None or not trainer.teacher.is_whole
+        ):  # there is no teacher whose opinion could be recorded
             return
         watched = trainer.held_out or trainer.prompts
         seen = inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded])

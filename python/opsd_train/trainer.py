@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
-from opsd_kernels import Hidden, LogLinear, Objective
+from opsd_kernels import Hidden, LogLinear, Objective, TopK
 from opsd_train import stops
 from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
@@ -212,9 +212,10 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         }
         student, teacher, what = self._minimised(model, inputs, tokens)
         self.agreement.hear(student, inputs)
-        # What a cache holds of a teacher is no distribution that could be measured.
+        # What a cache holds of a teacher, or a server says, is no distribution that could be measured.
+        partial = self.stored is not None or not self.teacher.is_whole
         with self.meter.phase("loss"):
-            if self.stored is not None or not logs_next(self.args, self.state):
+            if partial or not logs_next(self.args, self.state):
                 return opsd_kernels.loss(student, teacher, **settings, **what)
             loss, stats = opsd_kernels.loss_and_stats(student, teacher, **settings, **what)
             k, temperature = self.config.mass_top_k, self.config.loss_temperature
@@ -240,7 +241,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
 
     def distributions(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
-    ) -> tuple[Hidden, Hidden | LogLinear]:
+    ) -> tuple[Hidden, Hidden | LogLinear | TopK]:
         """The next-token distributions of student and teacher at the completion's tokens, [B, C].
 
         Raises ValueError for a batch in which they are not those of the same tokens.
@@ -248,13 +249,11 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         check_alignment(inputs)
         length = inputs["completion_mask"].shape[1]
         with self.accelerator.autocast():
-            with self.meter.phase("teacher"):
-                teacher = self.teacher.source(
-                    inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length
-                )
             with self.meter.phase("student"):
                 hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
-        return head_source(model, hidden), teacher
+            student = head_source(model, hidden)
+            with self.meter.phase("teacher"):
+                return student, self.teacher.beside(student, inputs, length)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Every prompt `num_generations` times in a row, so that its rollouts are in one step."""
