@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from opsd_train.engines.server_config import ServerConfig
 from opsd_train.method_config import option
 
 ENGINES = ("hf", "vllm", "vllm-server")
@@ -9,7 +10,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(ServerConfig):
     """Options of the engine that writes rollouts."""
 
     rollouts: str = option(
@@ -60,3 +61,4 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        self.check_server()
