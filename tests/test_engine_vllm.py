@@ -171,7 +171,7 @@ def test_a_hanging_engine_is_found(closing, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(EngineError, match="no progress for 2 s while writing rollouts"):
         one.vllm.write(PROMPTS, GREEDY, (0, 0))
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
     handle.remove()
 
 

@@ -190,10 +190,10 @@ def test_half_the_weights_write_nothing(
 
 
 def test_many_weights_may_take_longer_than_a_stall(behaviour: Behaviour, tmp_path: Path) -> None:
-    one = engine(tmp_path, rollout_stall_seconds=0.5)
-    behaviour.at_weights = lambda: time.sleep(0.05)
+    one = engine(tmp_path, rollout_stall_seconds=1.5)
+    behaviour.at_weights = lambda: time.sleep(0.1)
     one.follow(3)
-    assert len(behaviour.weights) * 0.05 > 0.5
+    assert len(behaviour.weights) * 0.1 > 1.5
     assert one.version == 3
 
 

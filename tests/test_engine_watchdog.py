@@ -49,14 +49,14 @@ def test_a_hang_is_an_error_where_the_main_thread_is(kind: str) -> None:
     with pytest.raises(EngineError, match=r"no progress for 0\.3 s while hanging"):  # noqa: SIM117
         with Watchdog(0.3, grace=5).watching("hanging"):
             exec(HANG[kind])
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.3 <= time.monotonic() - began < 10
 
 
 def test_beats_keep_a_long_call_alive_and_the_signal_is_given_back() -> None:
     before = signal.getsignal(RAISE)
-    with Watchdog(0.4, grace=5).watching("working") as beat:
+    with Watchdog(1.5, grace=5).watching("working") as beat:
         for _ in range(10):
-            time.sleep(0.1)
+            time.sleep(0.2)
             beat()
     assert signal.getsignal(RAISE) is before
     assert not [thread for thread in threading.enumerate() if thread.name == "opsd-watchdog"]

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from opsd_train import stops
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine, EngineError
@@ -20,6 +21,8 @@ from opsd_train.engines.surroundings import determined, undisturbed
 from opsd_train.engines.watchdog import Beat, Watchdog, end_processes
 from opsd_train.engines.weights import Named, tied_head, weights_of, whole
 from opsd_train.rollouts import Sampling, Vocabulary, until_end
+from opsd_train.sharding import gathered
+from opsd_train.stops import Stopped
 
 # In this process, so that the weights need not travel; quiet; telling nobody.
 ENVIRONMENT = {
@@ -58,7 +61,7 @@ class VLLMEngine(Engine):
         self.watchdog = Watchdog(config.rollout_stall_seconds)
         self.device = config.device
         self.on_gpu = self.device.type != "cpu"
-        self.entries = causal_lm(student).get_output_embeddings().weight.shape[0]
+        self.entries = causal_lm(student).config.get_text_config().vocab_size
         # A reload renews one of two layers that share a weight, and CPU builds repack the head's: untie them.
         self._head = None if self.on_gpu else tied_head(causal_lm(student))
         self._broken: str | None = "it has not been given any weights"
@@ -123,6 +126,9 @@ class VLLMEngine(Engine):
         """Complete every prompt; log-probabilities are vLLM's own, before temperature and truncation.
 
         `sampling.batch_size` has no effect: vLLM batches by the room in its cache.
+
+        Raises:
+            Stopped: a signal asked for it, see `stops`.
         """
         self._check(prompts, sampling)
         if self._asleep and self.config.vllm_sleep_level == 2:
@@ -143,6 +149,7 @@ class VLLMEngine(Engine):
                 if output.finished:
                     found[output.request_id] = self._completion(output.outputs[0])
             beat()
+            stops.check()
         if len(found) != len(prompts):
             raise EngineError(f"rollouts: expected {len(prompts)} completions of vLLM, got {len(found)}")
         return [found[str(index)] for index in range(len(prompts))]
@@ -204,7 +211,8 @@ class VLLMEngine(Engine):
         yield from weights_of(self.student)
         if self._head is not None:
             head = causal_lm(self.student).get_output_embeddings()
-            yield self._head, whole(head.weight)
+            with gathered(head.parameters()):
+                yield self._head, whole(head.weight)
 
     def rest(self) -> None:
         """Free the GPU's memory as far as `vllm_sleep_level` says; on a CPU there is nothing to free."""
@@ -229,7 +237,7 @@ class VLLMEngine(Engine):
                 yield beat
         except BaseException as error:
             self._broken = f"it failed while {what}"
-            if isinstance(error, EngineError) or not isinstance(error, Exception):
+            if isinstance(error, EngineError | Stopped) or not isinstance(error, Exception):
                 raise
             raise EngineError(f"rollouts: vLLM died while {what}: {type(error).__name__}: {error}") from error
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from opsd_train.backbone import causal_lm
+from opsd_train.sharding import gathered
 
 Named = tuple[str, torch.Tensor]
 ELEMENTS_AT_ONCE = 1 << 20  # of a checksum
@@ -53,6 +54,8 @@ def tied_head(model: PreTrainedModel) -> str | None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a weight, without its gradient; a collective of its processes if they share it."""
+    if hasattr(tensor, "ds_id"):  # whole within `gathered` only
+        return tensor.detach().clone()
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -97,10 +100,11 @@ def _tensors(model: torch.nn.Module) -> Iterator[Named]:
             ),
         )
         adapted = isinstance(module, LoraLayer)
-        for key, tensor in _merged(module, name) if adapted else own:  # type: ignore[arg-type]
-            if tensor not in seen:
-                seen.add(tensor)
-                yield f"{name}{key}", whole(tensor)
+        with gathered(module.parameters(recurse=adapted)):
+            for key, tensor in _merged(module, name) if adapted else own:  # type: ignore[arg-type]
+                if tensor not in seen:
+                    seen.add(tensor)
+                    yield f"{name}{key}", whole(tensor)
 
 
 def _modules(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
