@@ -27,6 +27,7 @@ from opsd_kernels.testing import (
     hidden_case,
     hidden_sources,
     logits_case,
+    upstream_of,
 )
 from parallel_ranks import Ranks, check, leaves
 
@@ -72,6 +73,17 @@ def every_kind_of_head(ranks: Ranks) -> None:
         for options in ({}, {"reduction": "none"}, {"reduction": "mean", "denominator": 3.5}):
             ranks.assert_as_single(case.to(torch.float32).having(objective="jsd", **options))
             ranks.assert_as_single(case.to(torch.bfloat16).having(objective="jsd", **options))
+
+
+@check
+def parts_that_cancel(ranks: Ranks) -> None:
+    """Rows of the head with a large part in common, as language models have: dL/dz sums to 0 over the
+    vocabulary, so each rank's dH is large and their sum is not. It is rounded to bf16 after the sum."""
+    case = hidden_case(16, 211, 12)
+    student, teacher = hidden_sources(case)
+    weight = student.weight + 4.0
+    shifted = replace(case, student=replace(student, weight=weight), teacher=replace(teacher, weight=weight))
+    ranks.assert_as_single(shifted.to(torch.bfloat16).having(objective="jsd", reduction="none"))
 
 
 @check
@@ -135,12 +147,21 @@ def close_pairs(ranks: Ranks) -> None:
         case = hidden_case(12, 801, 8, bias=True).to(torch.float32)
         case = case.having(objective=objective, reduction="none")
         assert (evaluate(ranks.loss, replace(case, teacher=case.student)).loss == 0).all()
-        if objective != "opsd":
-            for gap in (1e-2, 1e-4):
-                near = logits_case(300, 801, gap=gap, seed=1).to(torch.float32)
-                near = near.having(objective=objective, reduction="none")
-                outcome = ranks.assert_as_single(near, cosine=1e-2)
-                assert (outcome.loss >= 0).all()
+        for gap in (1e-2, 1e-4) if objective != "opsd" else ():
+            near = logits_case(300, 801, gap=gap).to(torch.float32)
+            _assert_close_pair(ranks, near.having(objective=objective, reduction="none"))
+
+
+def _assert_close_pair(ranks: Ranks, case: Case) -> None:
+    """Never negative; the error of the gradient, which is that of rounding log s and log t, as a norm."""
+    found = ranks.summed(evaluate(ranks.loss, case))
+    upstream = upstream_of(found.loss)
+    truth = evaluate(partial(loss, backend="reference"), case.to(torch.float64), upstream)
+    single = evaluate(loss, case, upstream)
+    assert (found.loss >= 0).all()
+    assert_accurate("loss", found.loss, truth.loss, single.loss)
+    error, yardstick = ((x.gradients["z"] - truth.gradients["z"]).norm() for x in (found, single))
+    assert error <= 1.3 * yardstick
 
 
 @check
@@ -227,48 +248,6 @@ def log_probs_of_sampled_tokens(ranks: Ranks) -> None:
             assert_accurate("log-probs", found.loss, truth.loss, yardstick.loss)
             for name, gradient in truth.gradients.items():
                 assert_accurate(f"d{name}", found.gradients[name], gradient, yardstick.gradients[name])
-
-
-@check
-def a_frozen_head_and_main_grad(ranks: Ranks) -> None:
-    case = hidden_case(12, 77, 6).to(torch.bfloat16)
-    student, teacher = hidden_sources(case)
-    hidden = student.hidden.clone().requires_grad_()
-    frozen = ranks.sliced(replace(student, hidden=hidden))
-    parallel.loss(frozen, ranks.sliced(teacher), group=ranks.group).backward()
-    trained = leaves(student)
-    parallel.loss(ranks.sliced(trained), ranks.sliced(teacher), group=ranks.group).backward()
-    assert hidden.grad is not None
-    assert frozen.weight.grad is None
-    torch.testing.assert_close(hidden.grad, trained.hidden.grad, rtol=0, atol=0)
-    for reduction in ("mean", "none"):
-        mine = leaves(ranks.sliced(student))
-        main = torch.ones(mine.weight.shape)
-        value = parallel.loss(
-            mine, ranks.sliced(teacher), group=ranks.group, main_grad=main, reduction=reduction
-        )
-        value.mean().backward()
-        assert mine.weight.grad is None
-        cuts = ranks.cuts(77)
-        expected = trained.weight.grad[cuts[ranks.rank] : cuts[ranks.rank + 1]].float()  # type: ignore[index]
-        torch.testing.assert_close(main - 1, expected, rtol=1e-2, atol=1e-5)
-
-
-@check
-def hidden_gradient_left_to_the_layer_below(ranks: Ranks) -> None:
-    student, teacher = hidden_sources(hidden_case(12, 77, 6).to(torch.float64))
-    found = []
-    for reduce_hidden in (True, False):
-        mine = leaves(ranks.sliced(student))
-        options = {"group": ranks.group, "reduce_hidden": reduce_hidden}
-        value = parallel.loss(mine, ranks.sliced(teacher), **options)
-        (value + parallel.token_logprobs(mine, torch.arange(12), **options).sum()).backward()
-        found.append(mine.hidden.grad)
-    whole, part = found
-    assert whole is not None
-    assert part is not None
-    assert not torch.allclose(whole, part)
-    torch.testing.assert_close(ranks.gathered(part).sum(0), whole, rtol=1e-12, atol=1e-14)
 
 
 @check

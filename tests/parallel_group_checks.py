@@ -102,6 +102,48 @@ def memory(ranks: Ranks) -> None:
 
 
 @check
+def a_frozen_head_and_main_grad(ranks: Ranks) -> None:
+    case = hidden_case(12, 77, 6).to(torch.bfloat16)
+    student, teacher = hidden_sources(case)
+    hidden = student.hidden.clone().requires_grad_()
+    frozen = ranks.sliced(replace(student, hidden=hidden))
+    parallel.loss(frozen, ranks.sliced(teacher), group=ranks.group).backward()
+    trained = leaves(student)
+    parallel.loss(ranks.sliced(trained), ranks.sliced(teacher), group=ranks.group).backward()
+    assert hidden.grad is not None
+    assert frozen.weight.grad is None
+    torch.testing.assert_close(hidden.grad, trained.hidden.grad, rtol=0, atol=0)
+    for reduction in ("mean", "none"):
+        mine = leaves(ranks.sliced(student))
+        main = torch.ones(mine.weight.shape)
+        value = parallel.loss(
+            mine, ranks.sliced(teacher), group=ranks.group, main_grad=main, reduction=reduction
+        )
+        value.mean().backward()
+        assert mine.weight.grad is None
+        cuts = ranks.cuts(77)
+        expected = trained.weight.grad[cuts[ranks.rank] : cuts[ranks.rank + 1]].float()  # type: ignore[index]
+        torch.testing.assert_close(main - 1, expected, rtol=1e-2, atol=1e-5)
+
+
+@check
+def hidden_gradient_left_to_the_layer_below(ranks: Ranks) -> None:
+    student, teacher = hidden_sources(hidden_case(12, 77, 6).to(torch.float64))
+    found = []
+    for reduce_hidden in (True, False):
+        mine = leaves(ranks.sliced(student))
+        options = {"group": ranks.group, "reduce_hidden": reduce_hidden}
+        value = parallel.loss(mine, ranks.sliced(teacher), **options)
+        (value + parallel.token_logprobs(mine, torch.arange(12), **options).sum()).backward()
+        found.append(mine.hidden.grad)
+    whole, part = found
+    assert whole is not None
+    assert part is not None
+    assert not torch.allclose(whole, part)
+    torch.testing.assert_close(ranks.gathered(part).sum(0), whole, rtol=1e-12, atol=1e-14)
+
+
+@check
 def differences_between_ranks(ranks: Ranks) -> None:
     student, teacher = _slices(ranks)
     last = ranks.rank == ranks.world - 1

@@ -133,7 +133,7 @@ def _request(asked: Asked, call: Call, columns: int) -> Request:
         "requires_grad": [x.requires_grad and torch.is_grad_enabled() for x in student.tensors],
         "sources or workspace_bytes": packing.pack(student, call.teacher, call.packed),
     }
-    return Request(columns, same, call.rowwise, (student, call.teacher))
+    return Request.of(columns, same, call.rowwise, (student, call.teacher))
 
 
 def _check_supported(options: LossOptions) -> None:
