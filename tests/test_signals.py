@@ -95,6 +95,24 @@ def test_half_a_step_is_dropped_and_done_again(
     assert same(list(resumed.teacher.average.values()), list(undisturbed.teacher.average.values()))
 
 
+def test_loss_of_half_a_step_is_not_logged(tmp_path: Path) -> None:
+    """The checkpoint has the loss of the steps since the last line, and nothing of the one that was dropped."""
+    whole = trainer_of(tmp_path / "whole", logging_steps=4)
+    whole.train()
+    trainer = trainer_of(tmp_path, logging_steps=4)
+    trainer.add_callback(At("on_substep_end", 8))
+    with pytest.raises(stops.Stopped, match="after step 2"), stops.watched(trainer):
+        trainer.train()
+    resumed = trainer_of(tmp_path, logging_steps=4)
+    resumed.train(True)
+    first, second = (
+        [(line["step"], line["loss"]) for line in one.state.log_history if "loss" in line]
+        for one in (resumed, whole)
+    )
+    assert first == second
+    assert [step for step, _ in first] == [4]
+
+
 def strike_while_generating(trainer: OPSDTrainer, when: Callable[[], bool]) -> list[int]:
     """The signal at the first token for which `when` holds; returns what counts the tokens from there on."""
     after = [0]
