@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from driver_tiny import tiny_model, tiny_trainer
 from opsd_train import stops
 from opsd_train.loading import with_lora
+from opsd_train.rollouts import Vocabulary
 from opsd_train.trainer import OPSDTrainer
 from ranks import run_ranks
 
@@ -95,6 +96,24 @@ def test_half_a_step_is_dropped_and_done_again(
     assert same(list(resumed.teacher.average.values()), list(undisturbed.teacher.average.values()))
 
 
+def test_loss_of_half_a_step_is_not_logged(tmp_path: Path) -> None:
+    """The checkpoint has the loss of the steps since the last line, and nothing of the one dropped."""
+    whole = trainer_of(tmp_path / "whole", logging_steps=4)
+    whole.train()
+    trainer = trainer_of(tmp_path, logging_steps=4)
+    trainer.add_callback(At("on_substep_end", 8))
+    with pytest.raises(stops.Stopped, match="after step 2"), stops.watched(trainer):
+        trainer.train()
+    resumed = trainer_of(tmp_path, logging_steps=4)
+    resumed.train(True)
+    first, second = (
+        [(line["step"], line["loss"]) for line in one.state.log_history if "loss" in line]
+        for one in (resumed, whole)
+    )
+    assert first == second
+    assert [step for step, _ in first] == [4]
+
+
 def strike_while_generating(trainer: OPSDTrainer, when: Callable[[], bool]) -> list[int]:
     """The signal at the first token for which `when` holds; returns what counts the tokens from there on."""
     after = [0]
@@ -110,18 +129,22 @@ def strike_while_generating(trainer: OPSDTrainer, when: Callable[[], bool]) -> l
     return after
 
 
-def test_rollouts_stop_at_the_next_token(tmp_path: Path, undisturbed: OPSDTrainer) -> None:
-    trainer = trainer_of(tmp_path, generation_batch_size=2)
-    trainer.student.get_base_model().generation_config.eos_token_id = [1]
+def test_rollouts_stop_at_the_next_token(tmp_path: Path) -> None:
+    def long_winded(out: Path) -> OPSDTrainer:
+        trainer = trainer_of(out, generation_batch_size=2)
+        trainer.engine.vocabulary = Vocabulary(0, (1,))  # so that completions rarely end
+        return trainer
+
+    trainer = long_winded(tmp_path)
     after = strike_while_generating(trainer, lambda: trainer.state.global_step == 2)
     with pytest.raises(stops.Stopped, match="after step 2"), stops.watched(trainer):
         trainer.train()
-    assert after == [1]
-    resumed = trainer_of(tmp_path, generation_batch_size=2)
+    assert after == [1]  # of 6
+    resumed = long_winded(tmp_path)
     resumed.train(True)
-    again = trainer_of(tmp_path / "whole", generation_batch_size=2)
-    again.train()
-    assert same(weights(resumed), weights(again))
+    whole = long_winded(tmp_path / "whole")
+    whole.train()
+    assert same(weights(resumed), weights(whole))
 
 
 def test_evaluation_stops_and_its_step_is_kept(tmp_path: Path) -> None:

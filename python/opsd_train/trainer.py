@@ -270,14 +270,14 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         ids = [prompt.student_ids for prompt in prompts]
         # The prompts of a training step are this process's already.
         shared = stream[0] == EVALUATION
-        write = self.ranks.shared(self.engine.write) if shared else self.engine.write
-        with stops.agreed():
-            if self.engine_behind:
-                with self.meter.phase("sync"):
-                    self.engine.follow(self.state.global_step)
-                self.engine_behind = False
-            with self.meter.phase("rollout"):
-                written = write(ids, sampling, seed)
+        own = stops.agreed()(self.engine.write)  # before shares are gathered, which needs all processes
+        write = self.ranks.shared(own) if shared else own
+        if self.engine_behind:
+            with self.meter.phase("sync"):
+                self.engine.follow(self.state.global_step)
+            self.engine_behind = False
+        with self.meter.phase("rollout"):
+            written = write(ids, sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)
