@@ -186,7 +186,7 @@ class AtomicCheckpoints(Trainer):
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if self.args.world_size > 1:
-            failed = self.accelerator.reduce(failed, "sum")  # type: ignore[assignment]
+            failed = self.accelerator.reduce(failed, "sum")
         if bool(failed):
             whole = ", ".join(one.name for one in checkpoints.complete(Path(self.args.output_dir or ".")))
             raise CheckpointError(

@@ -96,7 +96,7 @@ class OPSDTrainer(AtomicCheckpoints, Trainer):
             train_dataset=self.prompts,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=list,  # type: ignore[arg-type]
+            data_collator=list,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
