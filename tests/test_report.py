@@ -108,7 +108,9 @@ def test_text_of_a_run_is_inert(tmp_path: Path) -> None:
     record.write_info({"name": attack, "config": {attack: attack}, "versions": {attack: attack}})
     _, page = page_of(tmp_path)
     assert {"script", "img"}.isdisjoint(tag for tag, _ in page.elements)
-    assert page.text.count(attack) == 11  # title twice, settings 4, prompts 2, answer, token, teacher's
+    assert (
+        page.text.count(attack) == 14
+    )  # title twice, settings 4, prompts 2, answer, token, teacher's, worst 3
     (drawn,) = page.having("t")
     assert f"teacher's first choice {attack} at 98.0%" in (drawn["title"] or "")
 
@@ -124,7 +126,7 @@ def test_a_token_wears_its_divergence_and_what_the_teacher_wanted(tmp_path: Path
         assert f".k8 .c {{ background: {shade.background}; color: {shade.text} }}" in html
     assert page.text.count("7 98%") == 5  # at 1, 2.25, 4, 9 and 0.6 nats
     assert [str(attrs["class"]) for attrs in page.having("w")] == ["w"] * 4 + ["w same"]
-    assert html.count("1↵</span>") == 7
+    assert html.count("1↵</span>") == 9  # two more among the worst
     title = page.having("k8")[-1]["title"] or ""
     assert "forward KL 1.000 nats" in title
     assert "student's probability 50.0% (log -0.69)" in title

@@ -16,10 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from opsd_train import checkpoints, folders, optimizer_state
 from opsd_train.config import OPSDConfig
+from opsd_train.json_files import dumps
 from opsd_train.pieces import Pieces
 from opsd_train.random_state import random_state, set_random_state
-from opsd_train.record import dumps
 from opsd_train.sampler import Repeated
+from opsd_train.sharding import is_sharded, state_of
 from opsd_train.student_files import load_student, write_student
 from opsd_train.teachers import Teacher
 from opsd_train.trees import load_tree, save_tree
@@ -139,7 +140,9 @@ class AtomicCheckpoints(Trainer):
 
     def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """The student's weights on the main process where it holds shards of them; None for its own."""
-        return optimizer_state.full_weights(self._student()) if self.is_fsdp_enabled else None
+        if self.is_fsdp_enabled:
+            return optimizer_state.full_weights(self._student())
+        return state_of(self._student()) if is_sharded(self._student()) else None
 
     def _gathered_state(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """The weights, see `_gathered_weights`, and the optimizer's whole state; called by every process."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from opsd_train import folders
+from opsd_train import folders, stops
 from opsd_train.config import OPSDConfig
 
 if TYPE_CHECKING:
@@ -161,16 +161,18 @@ class StepCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the teacher."""
-        self.trainer.engine_behind = True
-        self.trainer.teacher.after_optimizer_step()
-        if self.trainer.pieces.exposure is not None:
-            self.trainer.pieces.exposure.after_optimizer_step()
+        """Move the teacher, unless the step was skipped."""
+        if not self.trainer.step_skipped:
+            self.trainer.engine_behind = True
+            self.trainer.teacher.after_optimizer_step()
+            if self.trainer.pieces.exposure is not None:
+                self.trainer.pieces.exposure.after_optimizer_step()
         self.trainer.meter.end_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on along the weights' path where that is due."""
-        if self.trainer.pieces.extrapolation is not None:
-            self.trainer.pieces.extrapolation.search_if_due(state.global_step)
+        if self.trainer.pieces.extrapolation is not None and not self.trainer.step_skipped:
+            with stops.deferred():  # in the middle of a search the weights are not those of any step
+                self.trainer.pieces.extrapolation.search_if_due(state.global_step)

@@ -18,8 +18,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.prompts import Prompt
-from opsd_train.record import dumps, write_atomically
 from opsd_train.rollouts import Rollout, collate
 
 INFO = "cache.json"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from opsd_train import stops
 from opsd_train.prompts import Prompt, pad_left, pad_right
 
 
@@ -71,22 +72,34 @@ def generate(
     sampling: Sampling,
     vocabulary: Vocabulary,
     seed: Sequence[int],
+    synced: bool = False,
 ) -> list[tuple[int, ...]]:
     """Complete every prompt; the result is a function of the weights, the prompts, `sampling` and `seed`.
 
     The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
-    distribution that is trained. The global random state is left as it was.
+    distribution that is trained. The global random state is left as it was. With `synced`, every process goes
+    on until the last one is done, as a sharded model needs it.
+
+    Raises:
+        Stopped: a signal asked for it, see `stops`.
     """
     if not prompts:
         return []
     config = _generation_config(sampling, vocabulary)
     size = sampling.batch_size or len(prompts)
     completions: list[tuple[int, ...]] = []
-    with evaluating(model), _only(model, config), _seeded(model.device, seed):
+    with evaluating(model), _only(model, config), seeded(model.device, seed):
         for start in range(0, len(prompts), size):
             ids, mask = pad_left(prompts[start : start + size], vocabulary.pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            sequences = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stops.StopRequested()]),
+                synced_gpus=synced,
+            )
+            stops.check()
             for tokens in sequences[:, ids.shape[1] :].tolist():
                 completions.append(until_end(tokens, vocabulary.eos_ids))
     return completions
@@ -186,7 +199,7 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
+def seeded(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
     """`generate` draws from the global random state, so seed that, and put it back."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))

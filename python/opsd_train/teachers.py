@@ -1,12 +1,14 @@
 """Where the teacher's weights come from: the start of training, this step, those between, or elsewhere."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -16,10 +18,12 @@ from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.effective import adapters_add, effective_weights, frozen_copy, require_lora_alone
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
+from opsd_train.sharding import is_main, part_of, whole
 
 KINDS = ("initial", "live", "ema", "sync", "trust_region", "model")
 EMA_FILE = "ema_teacher.safetensors"
 SYNC_FILE = "sync_teacher.safetensors"
+ADAPTED = BaseTunerLayer | ModulesToSaveWrapper
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,15 @@ class Teacher:
         """Inside, `model` has the teacher's weights."""
         return nullcontext()
 
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """Put a copy of its own where the student is; `adopt` leaves the student itself as it is."""
+        self.model = adopt(self.model)
+
     def after_optimizer_step(self) -> None:
         """Follow the student."""
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write into a checkpoint's folder what a resumed run could not know."""
+        """Write into a checkpoint's folder what a resumed run could not know; called by every process."""
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote."""
@@ -116,14 +124,17 @@ class AdapterOffTeacher(Teacher):
     def weights(self) -> Iterator[None]:
         """Adapters are off inside."""
         assert isinstance(self.model, PeftModel)
-        # PEFT turns adapters on again as trainable, also those that were frozen.
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        # Not `disable_adapter`, which freezes parameters and makes them all trainable again: FSDP2 asks a
+        # parameter once whether it is trained, and that may be inside.
+        layers = [module for module in self.model.modules() if isinstance(module, ADAPTED)]
+        states = [layer._disable_adapters for layer in layers]
         try:
-            with self.model.disable_adapter():
-                yield
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
         finally:
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+            for layer, off in zip(layers, states, strict=True):
+                layer._disable_adapters = off
 
 
 class EmaTeacher(Teacher):
@@ -146,11 +157,21 @@ class EmaTeacher(Teacher):
         super().__init__(frozen_copy(student))
         self.student, self.decay, self.every, self.copy_every = student, decay, every, copy_every
         self.steps = 0
+        self.names = [name for name, _ in effective_weights(student)]
+        self._own()
+
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """See `Teacher.place`; the average is sharded like the weights it is the average of."""
+        super().place(adopt)
+        self._own()
+
+    def _own(self) -> None:
+        """Find the weights that follow, and begin their average with what they are."""
         own = dict(self.model.named_parameters())
-        self.read_by = {name: own[name] for name, _ in effective_weights(student)}
+        self.read_by = {name: own[name] for name in self.names}
         # The same storage where no wider one is needed.
         self.average = {
-            name: weight.data.float() if decay else weight.data for name, weight in self.read_by.items()
+            name: weight.data.float() if self.decay else weight.data for name, weight in self.read_by.items()
         }
 
     def after_optimizer_step(self) -> None:
@@ -168,9 +189,10 @@ class EmaTeacher(Teacher):
             self.read_by[name].copy_(self.average[name])
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write the average as it is kept, and the number of steps."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.average.items()}
-        save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
+        """Write the average as it is kept, whole, and the number of steps."""
+        tensors = {name: whole(tensor).contiguous() for name, tensor in self.average.items()}
+        if is_main():
+            save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Read what `save` wrote; ValueError if it is not there or belongs to another model."""
@@ -190,8 +212,9 @@ class EmaTeacher(Teacher):
         self.steps = int(steps)
         with torch.no_grad():
             for name, tensor in saved.items():
-                self.average[name].copy_(tensor)
-                self.read_by[name].copy_(tensor)
+                part = part_of(tensor, self.average[name])
+                self.average[name].copy_(part)
+                self.read_by[name].copy_(part)
 
 
 class SyncTeacher(EmaTeacher):
@@ -218,6 +241,10 @@ class TrustRegionTeacher(Teacher):
     def __init__(self, reference: Teacher, student: torch.nn.Module, share: float) -> None:
         super().__init__(student)
         self.reference, self.share = reference, share
+
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """See `Teacher.place`."""
+        self.reference.place(adopt)
 
     def source(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> LogLinear:
         """Both streams at the completion's positions, all constant."""
