@@ -1,4 +1,4 @@
-"""What the tests of checkpoints run in each of several processes: `torchrun checkpoint_worker.py FOLDER CASES`."""
+"""What the tests of checkpoints run in two processes: `torchrun checkpoint_worker.py FOLDER CASES`."""
 
 import json
 import sys
