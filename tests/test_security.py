@@ -69,7 +69,8 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
             yield where + name
         if "trust_remote_code" in given and says.get("trust_remote_code") is not False:
             yield where + "trust_remote_code"
-        if last in LOADERS and trust is None:
+        # PEFT's own loader has no such argument, and runs none.
+        if last in LOADERS and trust is None and name != "PeftModel.from_pretrained":
             yield where + f"{name} without trust_remote_code=False"
         if (
             last == "from_pretrained"

@@ -55,6 +55,7 @@ class AtomicCheckpoints(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         checkpoints.check_options(self.config)
         self._resumed: Path | None = None
+        self._before: tuple[int, torch.Tensor] | None = None  # step that began last, and the loss until then
         super().__init__(*args, **kwargs)
 
     # Writing
@@ -125,12 +126,17 @@ class AtomicCheckpoints(Trainer):
 
     def _write_rank(self, folder: Path) -> None:
         """What each process has of its own: random numbers, and the loss since the last line of the log."""
+        cut_off = self._before is not None and self._before[0] == self.state.global_step
         own = {
             "random": random_state(),
-            "loss": self._tr_loss,
+            "loss": self._before[1] if self._before and cut_off else self._tr_loss,
             "last_logged": self._globalstep_last_logged,
         }
         save_tree(own, self._rank_files(folder))
+
+    def note_loss(self) -> None:
+        """A step begins: if it is cut off and the one before it saved, its own losses are not to be kept."""
+        self._before = self.state.global_step, self._tr_loss.clone()
 
     def _rank_files(self, folder: Path) -> Path:
         return folder / f"rank-{self.args.process_index:05d}"
@@ -189,7 +195,7 @@ class AtomicCheckpoints(Trainer):
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if self.args.world_size > 1:
-            failed = self.accelerator.reduce(failed, "sum")  # type: ignore[assignment]
+            failed = self.accelerator.reduce(failed, "sum")
         if bool(failed):
             whole = ", ".join(one.name for one in checkpoints.complete(Path(self.args.output_dir or ".")))
             raise CheckpointError(

@@ -158,6 +158,12 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: "OPSDTrainer") -> None:
         self.trainer = trainer
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where the step began."""
+        self.trainer.note_loss()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
