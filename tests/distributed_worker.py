@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
@@ -62,6 +63,10 @@ def make(out: Path, case: dict[str, Any], rows: int) -> OPSDTrainer:
     config = tiny_config(
         out, **{**SAME, **WRAPPERS[case.pop("wrapper")], "per_device_train_batch_size": rows, **case}
     )
+    # accelerate shards on accelerators alone; FSDP2 itself knows CPUs too.
+    sharded = DistributedType.MULTI_GPU if config.fsdp else DistributedType.MULTI_CPU
+    if config.world_size > 1:
+        PartialState._shared_state["distributed_type"] = sharded
     held_out = tiny_prompts(config)[:5]
     if config.method is None:
         return OPSDTrainer(model, config, tiny_prompts(config, data), TOKENIZER, held_out)
@@ -98,7 +103,7 @@ def outcome(trainer: OPSDTrainer) -> tuple[dict[str, torch.Tensor], dict[str, An
     """Trains, and returns the whole weights that are trained and what was logged and found."""
     before = trainer.evaluate()
     trainer.train()
-    found = {"before": before, "after": trainer.evaluate()}
+    found = {"before": before, "after": trainer.evaluate(), "sharded": trainer.ranks.sharded}
     found["logs"] = [line for line in trainer.state.log_history if "loss" in line]
     found["written"] = [list(one.completion) for one in written_after(trainer)]
     if trainer.method is None:

@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import distributed_worker as worker
+from driver_tiny import tiny_config, tiny_model
+from opsd_train.sharding import Ranks, through
 
 HERE = Path(__file__).parent
 ACCUMULATED = {"rows": 2, "gradient_accumulation_steps": 2}
@@ -31,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "fsdp_full": {"wrapper": "fsdp"},
     "fsdp_lora": {"wrapper": "fsdp", "lora": True},
+    "fsdp_live": {"wrapper": "fsdp", "tied": False, "teacher": "live"},
     "fsdp_untied": {
         "wrapper": "fsdp", "tied": False, "teacher": "trust_region", **CHECKPOINTED, **ACCUMULATED,
     },
@@ -88,9 +93,10 @@ def compare(folder: Path, name: str, case: dict[str, Any], out: Path, tolerance:
     assert max(float((expected[key] - start[key]).abs().max()) for key in expected) > 5e-3
     for key in expected:
         torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=tolerance)
-    near = {"rel": 1e-5, "abs": 1e-6} if tolerance < 1e-5 else {"rel": 2e-2}
+    near = {"rel": 1e-5, "abs": 1e-6} if tolerance < 1e-5 else {"rel": 5e-2}
     for mine, other in zip(found["logs"], told["logs"], strict=True):
         assert (mine["loss"], mine["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), **near)
+    assert found["sharded"] == (case["wrapper"] != "ddp")
     assert found["after"]["eval_greedy_total"] == len(trainer.held_out) == 5
     if tolerance < 1e-5:
         assert found["written"] == told["written"]
@@ -100,7 +106,7 @@ def compare(folder: Path, name: str, case: dict[str, Any], out: Path, tolerance:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one(two: Path, tmp_path: Path, name: str) -> None:
     """Weights after some steps, losses, gradient norms, evaluations: the rows of a step in two shares."""
-    compare(two, name, CASES[name], tmp_path, 5e-4 if "bf16" in name else 1e-6)
+    compare(two, name, CASES[name], tmp_path, 1e-3 if "bf16" in name else 1e-6)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")

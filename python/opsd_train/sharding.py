@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 
@@ -132,8 +133,15 @@ class Ranks:
 
 def is_sharded(model: Module) -> bool:
     """Whether a process has a part of the weights only: FSDP2 or ZeRO-3."""
-    first = next(model.parameters())
-    return isinstance(first, DTensor) or hasattr(first, "ds_id")
+    # Not by a parameter's type: FSDP2 leaves the last ones whole between a forward pass and its backward one.
+    return isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id")
+
+
+def reshard(model: Module) -> None:
+    """Drop what FSDP2 holds whole of a model, so that the next pass gathers what its shards are then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:

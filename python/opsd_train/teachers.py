@@ -19,7 +19,7 @@ from opsd_train.effective import adapters_add, effective_weights, frozen_copy, r
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
 from opsd_train.served import ServedReader, ServedRule
-from opsd_train.sharding import is_main, part_of, whole
+from opsd_train.sharding import is_main, part_of, reshard, whole
 
 KINDS = ("initial", "live", "ema", "sync", "trust_region", "model", "served")
 EMA_FILE = "ema_teacher.safetensors"
@@ -223,6 +223,7 @@ class EmaTeacher(Teacher):
 
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
+        reshard(self.model)
         for name, weight in effective_weights(self.student):
             self.average[name].lerp_(weight.to(self.average[name]), 1 - decay)
             self.read_by[name].copy_(self.average[name])
