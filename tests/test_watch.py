@@ -241,7 +241,7 @@ def test_the_progress_bar_shows_the_phases_on_a_narrow_terminal() -> None:
     callback.on_train_end(args, state, control)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     assert "loss 0.500  KL 0.400  H 0.62  10,000 tok/s" in shown
-    below = "seconds a step: rollout 11.00  teacher 12.00  student 13.00  loss 14.00"
+    below = "s/step: rollout 11.00  teacher 12.00  student 13.00  loss 14.00  back"
     assert below in shown
     assert max(map(len, shown.splitlines())) <= 80
 

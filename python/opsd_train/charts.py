@@ -97,7 +97,7 @@ def charts(run: Run) -> dict[str, list[Chart]]:
         _of_metrics(run, "KL divergence", "nats", forward_kl="forward", reverse_kl="reverse"),
         _of_metrics(run, "Entropy", "nats", student_entropy="student", teacher_entropy="teacher"),
         _of_metrics(run, "Top-1 agreement", "%", scale=100, top1_agreement=""),
-        _of_metrics(run, "Forward KL by position", "nats", **_positions(run)),
+        _of_metrics(run, "Forward KL by position", "nats", 1, True, **_positions(run)),
     ]
     small = [
         _of_metrics(run, "Speed", "tokens/s", tokens_per_second=""),
@@ -118,6 +118,7 @@ def charts(run: Run) -> dict[str, list[Chart]]:
         _of_metrics(run, "Clipped share", "%", scale=100, clipped_fraction=""),
         _of_metrics(run, "Gradient norm", "", grad_norm=""),
         _of_metrics(run, "Learning rate", "", noisy=False, learning_rate=""),
+        _of_metrics(run, "Engine's log-probs off by", "nats", engine_difference=""),
         _of_metrics(run, "Skipped steps", "", noisy=False, skipped_steps=""),
     ]
     accuracy = draw("Held-out accuracy", "%", _of_evaluations(run.evaluations), top=100)
@@ -206,7 +207,7 @@ def _of_evaluations(evaluations: Sequence[Evaluation]) -> list[Series]:
     found: dict[str, list[tuple[float, float, float, float]]] = {}
     for one in evaluations:
         for name in ("greedy", "sampled"):
-            cell = one[name]  # type: ignore[literal-required]
+            cell = one[name]
             found.setdefault(name, []).append((one["step"], cell["accuracy"], cell["low"], cell["high"]))
         for at in one.get("pass_at_k", []):
             if at["k"] > 1:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opsd_train.backbone import check_head, check_positions
 from opsd_train.completions import FOLDER, to_rows, write_parquet
 from opsd_train.config import OPSDConfig
-from opsd_train.data import Row, load_rows
+from opsd_train.data import Row, is_generated, load_rows
 from opsd_train.demo import task
 from opsd_train.demo.run import MODEL, PRESET
 from opsd_train.engines.make import make_engine
@@ -72,16 +72,14 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     options, config = parse([RunOptions, OPSDConfig], [PRESET] if request.demo else [], given, DEFAULTS)
     if request.demo:
         torch.set_num_threads(1)  # as the demo itself
-    rows = load_rows(
-        task.report_problems() if request.demo else options.data, config.to_templates(), privileged=False
-    )
+    rows = _rows_of(None if request.demo else options, config)
     with console.status(f"loading {model}"):
         student, tokenizer = load_merged(options)
     prompts = _encoded(rows, tokenizer, config)
     config.to_judge().require(prompts)
     check_positions(student, prompts, config.max_completion_length)
     check_head(student, prompts[0].student_ids)
-    student.to(config.device)  # type: ignore[arg-type]
+    student.to(config.device)
     started = time.perf_counter()
     with console.status(f"{len(prompts):,} problems, {config.eval_samples} samples each"):
         findings = _hold(config, student, tokenizer, prompts)
@@ -137,12 +135,23 @@ def load_merged(options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if not base:
         raise ValueError(f"model: expected base_model_name_or_path in {adapters}; got {base!r}")
     below, tokenizer = load(base, options.dtype, options.gguf_file, options.revision)
-    return PeftModel.from_pretrained(below, options.model).merge_and_unload(), tokenizer  # type: ignore[operator]
+    return PeftModel.from_pretrained(below, options.model).merge_and_unload(), tokenizer
+
+
+def _rows_of(options: RunOptions | None, config: OPSDConfig) -> list[Row]:
+    """The demo's problems, or those named, read as a run reads its held-out ones: none twice if generated."""
+    templates = config.to_templates()
+    if options is None:
+        return load_rows(task.report_problems(), templates, privileged=False)
+    reading = options.reading(held_out=True)
+    if is_generated(options.data):
+        reading = replace(reading, repeats=False, refuse=lambda *repeated: None)
+    return load_rows(options.data, templates, False, reading)
 
 
 def _encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: OPSDConfig) -> list[Prompt]:
     """What the student reads; nobody teaches, so that a teacher's budget and template do not matter."""
-    encoder = Encoder(tokenizer, config.max_prompt_length, sys.maxsize, config.student_chat_kwargs)  # type: ignore[arg-type]
+    encoder = replace(Encoder.of(tokenizer, config), max_teacher_prompt_length=sys.maxsize)
     return encoder.encode([replace(row, teacher=row.student) for row in rows])
 
 

@@ -35,6 +35,7 @@ METRICS: dict[str, str] = {
     "top1_agreement": "Share of tokens at which both have the same most likely token.",
     "student_mass": "Probability that the student gives to its own mass_top_k most likely tokens.",
     "teacher_mass": "Probability that the teacher gives to the same tokens.",
+    "engine_difference": "Mean absolute difference of the engine's and the trainer's log-probs of tokens.",
     "clipped_fraction": "Share of the loss that the objective's clips remove.",
     "completion_length": "Mean length of the completions in tokens.",
     "completion_length_min": "Shortest completion in tokens.",

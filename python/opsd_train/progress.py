@@ -69,7 +69,7 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             shown = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
             spent = [text.format(logs[key]) for key, text in TIMES.items() if logs.get(key, 0) >= 0.005]
-            self.bar.below = f"seconds a step: {'  '.join(spent)}" if spent else ""
+            self.bar.below = f"s/step: {'  '.join(spent)}" if spent else ""
             self.bar.update(self.task, description="  ".join(shown))
 
     def on_train_end(

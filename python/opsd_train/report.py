@@ -110,10 +110,7 @@ def _accuracy_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 def _measured(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """What an evaluation found, by name; pass@1 of several samples is their accuracy."""
-    found: dict[str, dict[str, Any]] = {
-        name: {**evaluation[name]}  # type: ignore[literal-required]
-        for name in ("greedy", "sampled")
-    }
+    found: dict[str, dict[str, Any]] = {name: {**evaluation[name]} for name in ("greedy", "sampled")}
     for one in evaluation.get("pass_at_k", []):
         if one["k"] > 1:
             found[f"pass@{one['k']}"] = {**one, "accuracy": one["value"], "total": None}
