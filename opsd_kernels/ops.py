@@ -46,6 +46,7 @@ library.define(
 library.define(f"token_stats({INPUTS}) -> Tensor")
 
 _weighers: dict[int, Weigher] = {}
+_shards: list[Any] = []
 _handles = count()
 
 
@@ -63,6 +64,13 @@ def registered(weigher: Weigher | None) -> Iterator[int | None]:
         del _weighers[handle]
 
 
+def shard_handle(shard: Any) -> int:
+    """A handle by which an operator's options can name a `parallel.shards.Shard`; a backward may ask late."""
+    if shard not in _shards:
+        _shards.append(shard)
+    return _shards.index(shard)
+
+
 def problem_of(
     student: list[Tensor], teacher: list[Tensor], rowwise: Sequence[Tensor | None], text: str
 ) -> tuple[Problem, Any]:
@@ -71,6 +79,9 @@ def problem_of(
     problem = Problem.of(s, t, options, Rowwise(*rowwise))
     if options.weigher is not None:
         problem = replace(problem, weigher=_weighers[options.weigher])
+    if options.shard is not None:
+        shard = _shards[options.shard]
+        return replace(problem, widest=shard.widest), shard.rows
     return problem, backends.load(options.backend, problem.device, problem.dtype)
 
 

@@ -97,9 +97,9 @@ def test_missing_empty_and_unknown_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="at least one row"):
         load_rows(tmp_path / "empty.jsonl", TEMPLATES)
-    (tmp_path / "rows.csv").write_text("problem,solution")
-    with pytest.raises(ValueError, match=r"\.jsonl or \.parquet"):
-        load_rows(tmp_path / "rows.csv", TEMPLATES)
+    (tmp_path / "rows.txt").write_text("problem,solution")
+    with pytest.raises(ValueError, match=r"a file that ends in .jsonl"):
+        load_rows(tmp_path / "rows.txt", TEMPLATES)
 
 
 def test_fill_leaves_other_braces_and_values_alone() -> None:

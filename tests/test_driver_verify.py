@@ -80,7 +80,10 @@ def test_users_function_by_import_path() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("almost", "verifier: expected one of exact, number, math, or package.module:function; got 'almost'"),
+        (
+            "almost",
+            "verifier: expected one of exact, number, math, reasoning_gym, or .*; got 'almost'",
+        ),
         ("no_such_module:f", "verifier: expected a function at 'no_such_module:f', .* No module named"),
         (f"{__name__}:missing", "verifier: expected a function at .* has no attribute 'missing'"),
         (f"{__name__}:NOT_A_FUNCTION", "verifier: expected a function at .*; got a int"),

@@ -37,6 +37,7 @@ class Options:
         grad_filter: eps of the column filter, or None.
         operand: name of the dtype to which the operands of matrix products are rounded (autocast), or None.
         weigher: handle of a function that weights tokens by their statistics, or None.
+        shard: handle of the part of the vocabulary that this rank holds (`opsd_kernels.parallel`), or None.
         parts: of a recipe with several terms, what the engine evaluates; `objective` is then unused.
     """
 
@@ -47,6 +48,7 @@ class Options:
     grad_filter: float | None = None
     operand: str | None = None
     weigher: int | None = None
+    shard: int | None = None
     parts: Parts | None = None
 
 
@@ -71,6 +73,7 @@ def pack(student: Source, teacher: Teacher, options: Options) -> str:
                 _text(options.grad_filter),
                 options.operand,
                 options.weigher,
+                options.shard,
             ),
         )
     )
@@ -89,7 +92,7 @@ def _literal(text: str) -> Any:
 def unpack(text: str, student: list[Tensor], teacher: list[Tensor]) -> tuple[Source, Teacher, Options]:
     """What was packed, over these tensors."""
     s, t, objective, parts, rest = _literal(text)
-    temperature, workspace_bytes, backend, grad_filter, operand, weigher = rest
+    temperature, workspace_bytes, backend, grad_filter, operand, weigher, shard = rest
     options = Options(
         _rebuild_objective(objective),
         float.fromhex(temperature),
@@ -98,6 +101,7 @@ def unpack(text: str, student: list[Tensor], teacher: list[Tensor]) -> tuple[Sou
         _number(grad_filter),
         operand,
         weigher,
+        shard,
         None if parts is None else _rebuild_parts(*parts),
     )
     return _rebuild(s, iter(student)), _rebuild(t, iter(teacher)), options

@@ -14,7 +14,7 @@ DEFAULT_FEWEST_ROWS = 512
 
 def chunk_rows(problem: Problem, entry_bytes: int, trainable_head: bool) -> int:
     """Rows of logits held at once, of `entry_bytes` a logit."""
-    row_bytes = problem.vocab * entry_bytes
+    row_bytes = (problem.vocab if problem.widest is None else problem.widest) * entry_bytes
     return length(problem.live_rows, row_bytes, _budget(problem, row_bytes, trainable_head))
 
 

@@ -59,6 +59,8 @@ class Problem:
         routes: for a `Routed` teacher, how many of the live rows each of its sources has; the live rows are
             sorted by source.
         weigher: gives the rows' weights from their statistics, instead of `weight`.
+        widest: columns by which chunks of rows are planned, where they are not V: ranks that hold unequal
+            parts of a vocabulary have to walk in step.
     """
 
     student: Source
@@ -70,6 +72,7 @@ class Problem:
     support_ids: Tensor | None = None
     routes: tuple[int, ...] = ()
     weigher: Weigher | None = None
+    widest: int | None = None
 
     @classmethod
     def of(cls, student: Source, teacher: Teacher, options: Options, rowwise: Rowwise) -> "Problem":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from .metrics import BUCKETS, bucket_name
 from .record import Evaluation, Run
 
 WIDTH, HEIGHT = 340, 180
@@ -40,8 +41,17 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Area:
+    """One layer of a stack: an SVG path, and the layer's last value."""
+
+    label: str
+    path: str
+    last: str
+
+
+@dataclass(frozen=True)
 class Chart:
-    """One drawn chart; ticks are (position, label)."""
+    """One drawn chart of lines or of areas; ticks are (position, label)."""
 
     title: str
     unit: str
@@ -49,6 +59,35 @@ class Chart:
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
     note: str
+    areas: Sequence[Area] = ()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The axes of a chart: where a value of a step stands."""
+
+    x_marks: list[float]
+    y_marks: list[float]
+    x_end: float
+
+    @classmethod
+    def around(cls, low: float, high: float, last_step: float) -> "Frame":
+        """Axes that enclose values from `low` <= 0 to `high` >= 0, and steps from 0."""
+        x_marks = [x for x in ticks(0, last_step) if x == round(x)]
+        return cls(x_marks, ticks(low, high), max(x_marks[-1], last_step, 1))
+
+    def x(self, step: float) -> float:
+        """Position of a step."""
+        return round(LEFT + (RIGHT - LEFT) * step / self.x_end, 1)
+
+    def y(self, value: float) -> float:
+        """Position of a value."""
+        low, high = self.y_marks[0], self.y_marks[-1]
+        return round(BOTTOM + (TOP - BOTTOM) * (value - low) / (high - low), 1)
+
+    def labels(self) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+        """The ticks of both axes."""
+        return [(self.x(x), number(x)) for x in self.x_marks], [(self.y(y), number(y)) for y in self.y_marks]
 
 
 def charts(run: Run) -> dict[str, list[Chart]]:
@@ -58,14 +97,28 @@ def charts(run: Run) -> dict[str, list[Chart]]:
         _of_metrics(run, "KL divergence", "nats", forward_kl="forward", reverse_kl="reverse"),
         _of_metrics(run, "Entropy", "nats", student_entropy="student", teacher_entropy="teacher"),
         _of_metrics(run, "Top-1 agreement", "%", scale=100, top1_agreement=""),
+        _of_metrics(run, "Forward KL by position", "nats", **_positions(run)),
     ]
     small = [
         _of_metrics(run, "Speed", "tokens/s", tokens_per_second=""),
-        _of_metrics(run, "Memory", "GB", memory_gb=""),
-        _of_metrics(run, "Completion length", "tokens", completion_length=""),
+        _of_metrics(run, "Memory", "GB", memory_gb="in use", peak_memory_gb="peak"),
+        _of_metrics(
+            run,
+            "Completion length",
+            "tokens",
+            completion_length="mean",
+            completion_length_max="max",
+            completion_length_min="min",
+        ),
+        _of_metrics(run, "Truncated share", "%", scale=100, truncated_share=""),
+        _of_metrics(
+            run, "Mass on the student's top", "%", scale=100, teacher_mass="teacher", student_mass="student"
+        ),
+        _of_metrics(run, "Reward", "", reward=""),
         _of_metrics(run, "Clipped share", "%", scale=100, clipped_fraction=""),
         _of_metrics(run, "Gradient norm", "", grad_norm=""),
         _of_metrics(run, "Learning rate", "", noisy=False, learning_rate=""),
+        _of_metrics(run, "Skipped steps", "", noisy=False, skipped_steps=""),
     ]
     accuracy = draw("Held-out accuracy", "%", _of_evaluations(run.evaluations), top=100)
     return {
@@ -81,19 +134,11 @@ def draw(title: str, unit: str, series: Sequence[Series], top: float | None = No
     if not shown:
         return None
     values = [value for one in shown for value in one.values if math.isfinite(value)]
-    y_ticks = ticks(min(0.0, *values), max(0.0, *values) if top is None else top)
-    x_ticks = [x for x in ticks(0, max(step for one in shown for step in one.steps)) if x == round(x)]
-    x_end = max(x_ticks[-1], max(step for one in shown for step in one.steps), 1)
-    low, high = y_ticks[0], y_ticks[-1]
-
-    def place_x(step: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * step / x_end, 1)
-
-    def place_y(value: float) -> float:
-        return round(BOTTOM + (TOP - BOTTOM) * (value - low) / (high - low), 1)
+    high = max(0.0, *values) if top is None else top
+    frame = Frame.around(min(0.0, *values), high, max(step for one in shown for step in one.steps))
 
     def path(points: Sequence[tuple[float, float]]) -> str:
-        return _path([(place_x(x), place_y(y) if math.isfinite(y) else math.nan) for x, y in points])
+        return _path([(frame.x(x), frame.y(y) if math.isfinite(y) else math.nan) for x, y in points])
 
     lines, missing = [], 0
     for one in shown:
@@ -102,14 +147,13 @@ def draw(title: str, unit: str, series: Sequence[Series], top: float | None = No
         window = len(points) // 15 | 1 if one.noisy and len(points) >= SMOOTH_FROM else 1
         last = next(y for _, y in reversed(points) if math.isfinite(y))
         dots = [
-            (place_x(x), place_y(y), place_y(bar[1]), place_y(bar[0]), _words(one.label, x, y, bar, unit))
+            (frame.x(x), frame.y(y), frame.y(bar[1]), frame.y(bar[0]), _words(one.label, x, y, bar, unit))
             for (x, y), bar in zip(points, one.bars, strict=False)
         ]
         drawn = path(_thin(_smooth(points, window)))
         lines.append(Line(one.label, drawn, path(_thin(points)) if window > 1 else "", dots, number(last)))
     note = f"{missing:,} not finite" if missing else ""
-    x_labels = [(place_x(x), number(x)) for x in x_ticks]
-    return Chart(title, unit, x_labels, [(place_y(y), number(y)) for y in y_ticks], lines, note)
+    return Chart(title, unit, *frame.labels(), lines, note)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -147,15 +191,35 @@ def _of_metrics(
     )
 
 
+def _positions(run: Run) -> dict[str, str]:
+    """Those buckets of positions that completions of the run reached; none if it is the first alone."""
+    found = {
+        bucket_name(bucket): bucket_name(bucket)[3:].replace("_up", "+").replace("_", " to ")
+        for bucket in BUCKETS
+        if any(bucket_name(bucket) in row for row in run.metrics)
+    }
+    return found if len(found) > 1 else {}
+
+
 def _of_evaluations(evaluations: Sequence[Evaluation]) -> list[Series]:
+    """Greedy and sampled accuracy and pass@k above 1, in percent, each over the steps that have it."""
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for one in evaluations:
+        for name in ("greedy", "sampled"):
+            cell = one[name]  # type: ignore[literal-required]
+            found.setdefault(name, []).append((one["step"], cell["accuracy"], cell["low"], cell["high"]))
+        for at in one.get("pass_at_k", []):
+            if at["k"] > 1:
+                points = found.setdefault(f"pass@{at['k']}", [])
+                points.append((one["step"], at["value"], at["low"], at["high"]))
     return [
         Series(
-            label,
-            [one["step"] for one in evaluations],
-            [100 * one[label]["accuracy"] for one in evaluations],
-            [(100 * one[label]["low"], 100 * one[label]["high"]) for one in evaluations],
+            name,
+            [step for step, *_ in points],
+            [100 * value for _, value, *_ in points],
+            [(100 * low, 100 * high) for *_, low, high in points],
         )
-        for label in ("greedy", "sampled")
+        for name, points in found.items()
     ]
 
 

@@ -8,8 +8,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from opsd_train.cli_data import data_tools
 from opsd_train.cli_tools import tools
-from opsd_train.terminal import ANY_OPTION, console, quiet, user_errors
+from opsd_train.terminal import ANY_OPTION, console, early_ends, quiet, user_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="On-policy self-distillation: a model learns from what it knows once it has seen the solution.",
 )
 app.add_typer(tools)
+app.add_typer(data_tools)
 
 
 @app.command(context_settings=ANY_OPTION)
@@ -42,7 +44,8 @@ def demo(
     with user_errors():
         trainer = demo_run.demo(given, console)
     about = {"name": "opsd demo", "model": "the demo's model, on three-digit addition"}
-    report = run(trainer, about, console, existing="replace")
+    with early_ends():
+        report = run(trainer, about, console, existing="replace")
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
@@ -52,8 +55,13 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Local folder or hub id of a causal language model.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Training rows, a .jsonl or .parquet file.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training rows: a file, folder, hub id or reasoning_gym:TASK.")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows, to measure accuracy on.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Options of a published run, see `opsd presets`; all others beat it.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with options; the command line beats it.")
     ] = None,
@@ -66,7 +74,7 @@ def train(
     --gguf-file NAME, --learning-rate 1e-5 and so on; `opsd options` lists them.
     """
     from opsd_train.config import OPSDConfig
-    from opsd_train.options import parse
+    from opsd_train.options import layers, parse
     from opsd_train.run_options import RunOptions
     from opsd_train.train import run
     from opsd_train.train import train as prepare
@@ -77,12 +85,13 @@ def train(
     with user_errors():
         defaults = ["--output_dir=opsd-run", *(["--eval_strategy=steps"] if eval_data else [])]
         options, settings = parse(
-            [RunOptions, OPSDConfig], [config] if config else [], [*given, *context.args], defaults
+            [RunOptions, OPSDConfig], layers(preset, config), [*given, *context.args], defaults
         )
         trainer = prepare(options, settings, console)
     existing: Literal["resume", "error"] = "resume" if settings.resume_from_checkpoint else "error"
     about = {"name": Path(settings.output_dir).name, "model": options.model, "options": asdict(options)}
-    report = run(trainer, about, console, existing=existing)
+    with early_ends():
+        report = run(trainer, about, console, existing=existing)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 

@@ -132,6 +132,49 @@ def cache(
     console.print(f"{len(found):,} rollouts: {out}", highlight=False, soft_wrap=True)
 
 
+@tools.command("eval", context_settings=ANY_OPTION)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="Local folder or hub id, LoRA adapters, or a run folder.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Rows with answers, a .jsonl or .parquet file.")] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="The demo's held-out problems, and its model.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Completions sampled per row, besides a greedy one.")] = 1,
+    k: Annotated[str | None, typer.Option(help="Estimate pass@k for these k, say 1,4,8.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of eval.json and of the completions.")] = Path(
+        "opsd-eval"
+    ),
+) -> None:
+    """Measure a model's accuracy on rows with answers: greedy, sampled and pass@k, with 95 % intervals.
+
+    A run folder's model is asked as its run asked it. Any further option of RunOptions and OPSDConfig can be
+    given: --eval-match, --rollouts, --temperature, --max-completion-length and so on.
+    """
+    from opsd_train import eval_run
+    from opsd_train.engines.base import EngineError
+
+    quiet()
+    named = {"data": data, "eval_samples": samples, "eval_k": k}
+    words = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    try:
+        with user_errors():
+            if demo is (data is not None):
+                raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
+            if model is None and not demo:
+                raise ValueError("model: expected a model to evaluate; got none")
+            request = eval_run.Request(demo, model, (*words, *context.args))
+            found = eval_run.evaluate(request, out, console)
+    except EngineError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(code=1) from None
+    console.print(eval_run.table(found))
+    written = ", ".join(map(str, (out / eval_run.EVALUATION, out / "completions" / "eval.parquet")))
+    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+
+
 def _integers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))

@@ -19,7 +19,6 @@ from rich.console import Console
 
 import opsd_kernels
 from opsd_kernels import methods
-from opsd_train import evaluate
 from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.config import OPSDConfig
 from opsd_train.options import check_known
@@ -214,12 +213,11 @@ def measure(trainer: OPSDTrainer, samples: int) -> tuple[list[int], list[float]]
     The entropy, in nats, is the mean over the tokens of the first of them.
     """
     sampling = replace(trainer.sampling, batch_size=trainer.config.per_device_eval_batch_size)
-    match = evaluate.MATCHES[trainer.config.eval_match]
     correct, entropy = [0] * len(trainer.held_out), []
     for draw in range(samples):
         rollouts = trainer.roll_out(trainer.held_out, sampling, (SAMPLES, draw))
-        for problem, rollout in enumerate(rollouts):
-            correct[problem] += evaluate.is_correct(rollout, trainer.tokenizer, match)
+        for problem, right in enumerate(trainer.judge.judge(rollouts, trainer.tokenizer)):
+            correct[problem] += right
         if draw == 0:
             entropy = _entropies(trainer, rollouts)
     return correct, entropy

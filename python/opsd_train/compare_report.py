@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from opsd_train.compare_results import Comparison, MethodResult, Point
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.passk import Interval
-from opsd_train.record import dumps, write_atomically
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

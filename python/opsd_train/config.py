@@ -7,19 +7,27 @@ from typing import Any
 from transformers import TrainingArguments
 
 import opsd_kernels
-from opsd_train import prompts, teachers
+from opsd_train import prompts
 from opsd_train.engines.config import EngineConfig
-from opsd_train.evaluate import MATCHES
-from opsd_train.method_config import MethodConfig, json_object, option
+from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
 from opsd_train.served_config import ServedConfig
+from opsd_train.teacher_rule import TeacherRule
+from opsd_train.thinking_config import ThinkingConfig
 from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
 class OPSDConfig(
-    EngineConfig, ServedConfig, WatchConfig, SafetyConfig, PiecesConfig, MethodConfig, TrainingArguments
+    EngineConfig,
+    ServedConfig,
+    WatchConfig,
+    SafetyConfig,
+    ThinkingConfig,
+    PiecesConfig,
+    MethodConfig,
+    TrainingArguments,
 ):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
@@ -101,8 +109,9 @@ class OPSDConfig(
     # How a completion is judged
     eval_match: str = option(
         "exact",
-        "A completion is right if it equals the answer (`exact`), ends in the same number (`number`) or "
-        "states what is mathematically the same (`math`).",
+        "A completion is right if it equals the answer (`exact`), ends in the same number (`number`), states "
+        "what is mathematically the same (`math`), or if the function at an import path "
+        "`package.module:function` gives it at least 1/2.",
     )
     rollouts_recorded: int = option(4, "Rollouts written to rollouts.json before and after training.")
 
@@ -126,8 +135,7 @@ class OPSDConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("student_chat_kwargs", "teacher_chat_kwargs"):
-            setattr(self, name, json_object(name, getattr(self, name) or {}))
+        self.check_thinking()
         self.check_engine()
         self.check_served()
         self.check_watch()
@@ -137,7 +145,6 @@ class OPSDConfig(
         self.to_objective()
         self.to_templates()
         self.to_teacher()
-        _one_of("eval_match", self.eval_match, tuple(MATCHES))
         _in_range("loss_temperature", self.loss_temperature, above=0)
         _in_range("temperature", self.temperature, least=0)
         _in_range("top_p", self.top_p, above=0, most=1)
@@ -149,11 +156,26 @@ class OPSDConfig(
             _in_range("generation_batch_size", self.generation_batch_size, least=1)
 
     def check_devices(self) -> None:
-        """ValueError unless there is one process with one device."""
-        if self.world_size > 1 or self.n_gpu > 1:
+        """ValueError unless every process has one device, and goes with what else was asked for."""
+        if self.n_gpu > 1:
             raise ValueError(
-                f"args: expected one process with one device, got {self.world_size} processes with "
-                f"{self.n_gpu} devices each; make one of them visible (CUDA_VISIBLE_DEVICES=0)"
+                f"args: expected one device per process, got {self.n_gpu} in one; start a process for each "
+                "(accelerate launch, torchrun), or make one of them visible (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if self.world_size == 1:
+            return
+        for name, alone in (("private", None), ("exposure", None), ("subnetwork", None), ("extrapolate", 0)):
+            if (got := getattr(self, name)) != alone:
+                raise ValueError(
+                    f"{name}: expected {alone!r} with {self.world_size} processes, since it is for one; got {got!r}"
+                )
+        if self.torch_compile:
+            raise ValueError(f"torch_compile: expected False with {self.world_size} processes; got True")
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size: expected a multiple of num_generations ({self.num_generations}) "
+                f"with {self.world_size} processes, so that no group is cut; got "
+                f"{self.per_device_train_batch_size}"
             )
 
     def to_objective(self) -> opsd_kernels.Objective:
@@ -164,9 +186,9 @@ class OPSDConfig(
         given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
         return self.over_known(dataclasses.replace(named[self.objective], **given))
 
-    def to_teacher(self) -> teachers.TeacherRule:
+    def to_teacher(self) -> TeacherRule:
         """Which weights teach."""
-        return teachers.TeacherRule(
+        return TeacherRule(
             self.teacher,
             self.ema_decay,
             self.teacher_every,

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from opsd_train import evaluate
 from opsd_train.alignment import Diagnosis
 from opsd_train.backbone import check_head, check_positions
 from opsd_train.compare import Method, parse_methods
@@ -18,9 +17,9 @@ from opsd_train.config import OPSDConfig
 from opsd_train.demo import task
 from opsd_train.diagnose import Candidate, Probe, choose, diagnose, objective_loss
 from opsd_train.given import Given, config_of, load_given
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.passk import Interval
 from opsd_train.prompts import Prompt
-from opsd_train.record import dumps, write_atomically
 from opsd_train.rollouts import Sampling, Vocabulary
 from opsd_train.teachers import Teacher
 from opsd_train.train import PACKAGES
@@ -63,7 +62,7 @@ def judge(request: Request, console: Console) -> Diagnosis:
             )
     contexts = [_drawn(given.prompts(config), request.prompts, config.seed) for config in configs]
     for prompts in contexts:
-        evaluate.require_answers(prompts)
+        configs[0].to_judge().require(prompts)
         check_positions(model, prompts, configs[0].max_completion_length)
     check_head(model, contexts[0][0].student_ids)
     candidates = [
@@ -114,7 +113,7 @@ def _drawn(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def _probe(request: Request, config: OPSDConfig, given: Given) -> Probe:
-    match = evaluate.MATCHES[config.eval_match]
+    judge = config.to_judge()
     return Probe(
         student=given.model,
         parameters=choose(given.model, request.parameters),
@@ -127,7 +126,7 @@ def _probe(request: Request, config: OPSDConfig, given: Given) -> Probe:
         ),
         vocabulary=Vocabulary.of(given.model, given.tokenizer),
         rollouts=request.rollouts,
-        reward=lambda rollout: float(evaluate.is_correct(rollout, given.tokenizer, match)),
+        reward=lambda rollout: float(judge.judge([rollout], given.tokenizer)[0]),
         seed=config.seed,
     )
 

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from opsd_train.backbone import causal_lm
+from opsd_train.sharding import gathered
 
 
 def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
@@ -19,11 +20,15 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def effective_weights(student: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight that training moves, with its name in the model without adapters."""
+    """Every weight that training moves, with its name in the model without adapters.
+
+    Under FSDP2 they are sharded like the model's. Under ZeRO-3 each is whole until the next one is asked for.
+    """
     if not isinstance(student, PeftModel):
         for name, parameter in student.named_parameters():
             if parameter.requires_grad:
-                yield name, parameter.data
+                with gathered([parameter]):
+                    yield name, parameter.data
         return
     for name, module in causal_lm(student).named_modules():
         if isinstance(module, LoraLayer):
@@ -31,10 +36,11 @@ def effective_weights(student: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
                 raise ValueError(
                     "teacher: expected one that copies no weights for a model with DoRA, say 'live'"
                 )
-            weight: torch.Tensor = module.get_base_layer().weight.data  # type: ignore[assignment]
-            for delta in _deltas(module):
-                weight = weight + delta.to(weight.dtype)
-            yield f"{name}.weight", weight
+            with gathered(module.parameters()):
+                weight: torch.Tensor = module.get_base_layer().weight.data  # type: ignore[assignment]
+                for delta in _deltas(module):
+                    weight = weight + delta.to(weight.dtype)
+                yield f"{name}.weight", weight
 
 
 def _deltas(layer: LoraLayer) -> Iterator[torch.Tensor]:

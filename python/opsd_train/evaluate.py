@@ -1,17 +1,13 @@
-"""Accuracy on held-out rows, greedy and sampled, with a 95 % confidence interval."""
+"""Whether a completion matches an answer, and the interval of a share of right ones."""
 
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from opsd_train.prompts import Prompt, decode
 from opsd_train.record import Accuracy
-from opsd_train.rollouts import Rollout
 from opsd_train.texts import final_answer
 
 Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
@@ -71,30 +67,6 @@ MATCHES: dict[str, Callable[[str, str], bool]] = {
     "number": same_number,
     "math": same_mathematics,
 }
-
-
-def accuracy(
-    rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, match: Callable[[str, str], bool]
-) -> Accuracy:
-    """Share of rollouts whose text matches the answer of their prompt (see `require_answers`)."""
-    return wilson(sum(is_correct(rollout, tokenizer, match) for rollout in rollouts), len(rollouts))
-
-
-def is_correct(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, match: Callable[[str, str], bool]
-) -> bool:
-    """Whether the completion matches its prompt's answer; a prompt without one matches nothing."""
-    text = decode(tokenizer, rollout.completion, skip_special_tokens=True)
-    return rollout.prompt.answer is not None and match(text, rollout.prompt.answer)
-
-
-def require_answers(prompts: Sequence[Prompt]) -> None:
-    """Raise ValueError naming the first row that an evaluation could not judge."""
-    for prompt in prompts:
-        if not (prompt.answer or "").strip():
-            raise ValueError(
-                f"{prompt.where}: expected an `answer` (or a `solution`) to evaluate against, got none"
-            )
 
 
 def _last_number(text: str) -> Decimal | None:

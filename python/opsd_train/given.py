@@ -1,13 +1,13 @@
 """Model, rows and configuration of a command that trains nothing: those of its options, or the demo's."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_train.config import OPSDConfig
-from opsd_train.data import load_rows
+from opsd_train.data import Reading, load_rows
 from opsd_train.demo.run import MODEL, PRESET
 from opsd_train.loading import load
 from opsd_train.options import parse
@@ -25,17 +25,12 @@ class Given:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str | Sequence[Mapping[str, Any]]
+    reading: Reading = field(default_factory=Reading)
 
     def prompts(self, config: OPSDConfig) -> list[Prompt]:
         """All rows, encoded with the templates and budgets of `config`."""
-        encoder = Encoder(
-            self.tokenizer,
-            config.max_prompt_length,
-            config.max_teacher_prompt_length,
-            config.student_chat_kwargs,  # type: ignore[arg-type]
-            config.teacher_chat_kwargs,  # type: ignore[arg-type]
-        )
-        return encoder.encode(load_rows(self.source, config.to_templates()))
+        encoder = Encoder.of(self.tokenizer, config)
+        return encoder.encode(load_rows(self.source, config.to_templates(), reading=self.reading))
 
 
 def config_of(demo: bool, arguments: Sequence[str]) -> OPSDConfig:
@@ -56,10 +51,11 @@ def load_given(arguments: Sequence[str], demo_rows: Sequence[Mapping[str, Any]] 
         name = "opsd demo"
         model, tokenizer = load(str(MODEL))
         source: str | Sequence[Mapping[str, Any]] = demo_rows
+        reading = Reading()
     else:
         options, _ = parse([RunOptions, OPSDConfig], [], arguments, DEFAULTS)
         name = options.model
         model, tokenizer = load(name, options.dtype, options.gguf_file, options.revision)
-        source = options.data
+        source, reading = options.data, options.reading()
     device = config_of(demo_rows is not None, arguments).device
-    return Given(name, model.to(device), tokenizer, source)  # type: ignore[arg-type]
+    return Given(name, model.to(device), tokenizer, source, reading)  # type: ignore[arg-type]

@@ -122,33 +122,34 @@ def _drawn(rollout: RolloutRecord) -> dict[str, Any]:
         "step": rollout["step"],
         "correct": rollout["correct"],
         "mean_kl": sum(known) / len(known) if known else None,
-        "tokens": [_token(token) for token in tokens[:MAX_TOKENS]],
+        "tokens": [drawn_token(token) for token in tokens[:MAX_TOKENS]],
         "left_out": max(len(tokens) - MAX_TOKENS, 0),
     }
 
 
-def _token(token: TokenRecord) -> dict[str, Any]:
+def drawn_token(token: TokenRecord) -> dict[str, Any]:
+    """A token's text, colour level and numbers, for the page."""
     forward_kl, wanted = token["forward_kl"], token["teacher_top_prob"]
     words = [
         f"forward KL {_or_unknown(forward_kl, '{:.3f} nats')}",
         f"student's probability {_probability(token['student_logprob'])}",
         f"teacher's probability {_probability(token['teacher_logprob'])}",
         f"student's entropy {_or_unknown(token['student_entropy'], '{:.3f} nats')}",
-        f"teacher's first choice {_visible(token['teacher_top'])} at {_or_unknown(wanted, '{:.1%}')}",
+        f"teacher's first choice {visible(token['teacher_top'])} at {_or_unknown(wanted, '{:.1%}')}",
     ]
     return {
-        "text": _visible(token["text"], keep_spaces=True),
+        "text": visible(token["text"], keep_spaces=True),
         "breaks": token["text"].count("\n"),
         "level": level_of(forward_kl),
         "title": "\n".join(words),
         "shown": forward_kl is not None and forward_kl >= TEACHER_SHOWN_NATS,
         "agrees": token["teacher_top"] == token["text"],
-        "wanted": _visible(token["teacher_top"]),
+        "wanted": visible(token["teacher_top"]),
         "share": _or_unknown(wanted, "{:.0%}"),
     }
 
 
-def _visible(text: str, keep_spaces: bool = False) -> str:
+def visible(text: str, keep_spaces: bool = False) -> str:
     """Stand-ins for what cannot be seen in a token: line ends, tabs, control characters, outer spaces."""
     text = text.replace("\n", "↵").replace("\t", "⇥")
     text = "".join("\ufffd" if unicodedata.category(character) == "Cc" else character for character in text)

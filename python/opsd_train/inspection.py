@@ -1,24 +1,26 @@
 """A few rollouts token by token, so that a person sees where the teacher disagrees."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear
-from opsd_train import evaluate
 from opsd_train.backbone import logits
+from opsd_train.examined import EVALUATION
 from opsd_train.prompts import Prompt, decode
 from opsd_train.record import RolloutRecord, TokenRecord
 from opsd_train.rollouts import Rollout, collate, evaluating
-from opsd_train.trainer import EVALUATION, OPSDTrainer
+from opsd_train.trainer import OPSDTrainer
 
 
 @torch.no_grad()
 def inspect_rollouts(trainer: OPSDTrainer, prompts: Sequence[Prompt]) -> list[RolloutRecord]:
     """Sample a completion of every prompt and write down what student and teacher thought of its tokens."""
     rollouts = trainer.roll_out(prompts, trainer.sampling, (EVALUATION, trainer.state.global_step))
-    return [_record(trainer, rollout) for rollout in rollouts]
+    inside = functools.partial(trainer.ranks.inside, trainer.model_wrapped)
+    return [inside(functools.partial(_record, trainer, rollout)) for rollout in rollouts]
 
 
 def _record(trainer: OPSDTrainer, rollout: Rollout) -> RolloutRecord:
@@ -35,14 +37,13 @@ def _record(trainer: OPSDTrainer, rollout: Rollout) -> RolloutRecord:
         objective=trainer.objective,
     )
     top_ids, top_probs = _most_likely(teacher, trainer.config.loss_temperature)
-    match = evaluate.MATCHES[trainer.config.eval_match]
-    answer = rollout.prompt.answer
+    judged = trainer.judge.knows(rollout.prompt)
     return RolloutRecord(
         step=trainer.state.global_step,
         prompt=decode(tokenizer, rollout.prompt.student_ids),
         teacher_prompt=decode(tokenizer, rollout.prompt.teacher_ids),
-        answer=answer,
-        correct=None if answer is None else evaluate.is_correct(rollout, tokenizer, match),
+        answer=rollout.prompt.answer,
+        correct=trainer.judge.judge([rollout], tokenizer)[0] if judged else None,
         tokens=[
             TokenRecord(
                 text=decode(tokenizer, [token]),

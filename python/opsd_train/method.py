@@ -156,6 +156,8 @@ class MethodRun:
         for role, reading in step.readings.items():
             batch |= collate_role(role, reading.ids[part], completions, pad_id)
             batch[f"{role}_privileged"] = torch.tensor(reading.privileged[part])
+        if "engine_logprobs" in batch and "rollout_logprob" in self.needs:
+            batch["data_rollout_logprob"] = batch["engine_logprobs"]
         length = batch["completion_mask"].shape[1]
         return batch | {f"data_{name}": _cut(column[part], length) for name, column in columns.items()}
 

@@ -60,7 +60,8 @@ class MethodConfig:
     )
     verifier: str | None = option(
         None,
-        "What rewards a rollout: exact, number, math, or package.module:function; None is `eval_match`.",
+        "What rewards a rollout: exact, number, math, reasoning_gym (the package's own score), or "
+        "package.module:function; None is `eval_match`.",
     )
     annotator: str | None = option(
         None, "package.module:function that makes further columns of what is known of the rollouts."

@@ -18,8 +18,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from opsd_train.json_files import dumps, write_atomically
 from opsd_train.prompts import Prompt
-from opsd_train.record import dumps, write_atomically
 from opsd_train.rollouts import Rollout, collate
 
 INFO = "cache.json"
@@ -80,7 +80,9 @@ class Cache(Sequence[CachedRollout]):
                 f"cache: expected {len(paths)} shards in {folder}; {len(missing)} are missing, the first "
                 f"{missing[0]}; go on writing it"
             )
-        found = datasets.load_dataset("parquet", data_files=[str(one) for one in paths], split="train")
+        found = datasets.load_dataset(
+            "parquet", data_files=[str(one) for one in paths], split="train", trust_remote_code=False
+        )
         self._rows = found.with_format("numpy")
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from opsd_kernels.weights import weight
 from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.method import POOL, SCORED, MethodRun
 from opsd_train.offline_cache import Cache, CachedRollout, collate_cached, digest
+from opsd_train.phases import Phase, untimed
 from opsd_train.prompts import Prompt
 from opsd_train.readers import logprobs_of
 
@@ -101,13 +102,19 @@ class StoredReaders:
         self.kind = kind_of(method, top_k)
 
     def read(
-        self, model: torch.nn.Module, inputs: Mapping[str, Tensor], temperature: float, step: int = 0
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Tensor],
+        temperature: float,
+        step: int = 0,
+        phase: Phase = untimed,
     ) -> tuple[Hidden, dict[str, Any], dict[str, Tensor]]:
-        """The student, the loss's teacher by role, and its columns of data."""
+        """The student, the loss's teacher by role, and its columns of data; `phase` times who reads."""
         mask = inputs["completion_mask"].bool()
         length = mask.shape[1]
         token_ids = inputs["input_ids"][:, -length:]
-        hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
+        with phase("student"):
+            hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
         student = head_source(model, hidden)
 
         def own() -> Tensor:

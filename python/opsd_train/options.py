@@ -1,4 +1,4 @@
-"""From YAML and the command line to dataclasses: the command line beats YAML, YAML beats the defaults."""
+"""From presets, YAML and the command line to dataclasses; each of them beats the ones before."""
 
 import difflib
 import json
@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from opsd_train.presets import Preset, preset
+
 
 class _Parser(HfArgumentParser):
     """argparse that raises instead of leaving the process."""
@@ -19,20 +21,34 @@ class _Parser(HfArgumentParser):
 
 
 def parse(
-    kinds: Sequence[Any], configs: Sequence[Path], arguments: Sequence[str], defaults: Sequence[str] = ()
+    kinds: Sequence[Any],
+    configs: Sequence[Path | Preset],
+    arguments: Sequence[str],
+    defaults: Sequence[str] = (),
 ) -> tuple[Any, ...]:
-    """Build the dataclasses from defaults, YAML files and `--name value` arguments; the later one counts.
+    """Build the dataclasses from defaults, presets and YAML files, and `--name value` arguments.
 
-    Raises ValueError naming a key that is not a field, with close matches, or a value that does not fit.
+    The later one counts; null in a file takes back what an earlier file or preset says. Raises ValueError
+    naming a key that is not a field, with close matches, or a value that does not fit.
     """
     names = [field.name for kind in kinds for field in fields(kind)]
-    argv = list(defaults) + [argument for path in configs for argument in _from_yaml(path, names)]
+    given: dict[str, Any] = {}
+    for config in configs:
+        held = config.options if isinstance(config, Preset) else _from_yaml(config, names)
+        given |= {key.replace("-", "_"): value for key, value in held.items()}
+    argv = list(defaults) + [word for key, value in given.items() for word in _arguments(key, value)]
     for argument in arguments:
         if argument.startswith("--"):
             key = argument[2:].split("=")[0].replace("-", "_")
             check_known(key.removeprefix("no_") if key not in names else key, names, "command line")
     parser = _Parser(list(kinds), allow_abbrev=False)
     return parser.parse_args_into_dataclasses([*argv, *arguments], look_for_args_file=False)
+
+
+def layers(preset_name: str | None, config: Path | None) -> list[Path | Preset]:
+    """What `--preset` and `--config` name, in the order in which they count."""
+    first: list[Path | Preset] = [] if preset_name is None else [preset(preset_name)]
+    return first if config is None else [*first, config]
 
 
 def check_known(key: str, names: Sequence[str], where: str) -> None:
@@ -43,7 +59,7 @@ def check_known(key: str, names: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: unknown option {key}{hint}")
 
 
-def _from_yaml(path: Path, names: Sequence[str]) -> list[str]:
+def _from_yaml(path: Path, names: Sequence[str]) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -52,11 +68,9 @@ def _from_yaml(path: Path, names: Sequence[str]) -> list[str]:
         raise ValueError(f"config: expected YAML in {path}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"config: expected `name: value` lines in {path}, got {type(found).__name__}")
-    arguments: list[str] = []
-    for key, value in found.items():
+    for key in found:
         check_known(str(key).replace("-", "_"), names, str(path))
-        arguments += _arguments(str(key), value)
-    return arguments
+    return {str(key): value for key, value in found.items()}
 
 
 def _arguments(key: str, value: Any) -> list[str]:

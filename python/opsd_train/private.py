@@ -14,6 +14,10 @@ from torch import Tensor
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512)
 
 
+class NotFinite(ValueError):
+    """An example's gradient is not finite, so that no factor would bound it."""
+
+
 class PrivateGradient:
     """The gradient of a step: sum of clipped gradients, plus noise, over the batch size.
 
@@ -53,14 +57,14 @@ class PrivateGradient:
     def add(self, loss: Tensor) -> float:
         """Add the clipped gradient of one example's loss; returns its norm before clipping.
 
-        Raises ValueError for a gradient that is not finite: no factor would bound it.
+        Raises NotFinite, and adds nothing, for a gradient that is not finite: no factor would bound it.
         """
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         pairs = [(total, one) for total, one in zip(self._sums, found, strict=True) if one is not None]
         norms = [torch.linalg.vector_norm(one, dtype=total.dtype).double() for total, one in pairs]
         norm = torch.stack(norms).norm().item() if norms else 0.0
         if not math.isfinite(norm):
-            raise ValueError(f"loss: expected one with a finite gradient; its norm is {norm}")
+            raise NotFinite(f"loss: expected one with a finite gradient; its norm is {norm}")
         factor = min(1.0, self.max_norm / norm) if norm > 0 else 1.0
         for total, one in pairs:
             total.add_(one.to(total.dtype), alpha=factor)

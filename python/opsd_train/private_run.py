@@ -1,5 +1,6 @@
 """Differentially private steps in a run: which rows a step draws, and the gradient that it makes of them."""
 
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsd_train.private import PrivateGradient, epsilon
+from opsd_train.private import NotFinite, PrivateGradient, epsilon
 from opsd_train.prompts import Prompt
 
 
@@ -44,6 +45,9 @@ class PrivateSteps:
     `batch_size` of them on average and may have none. The loss of a row is its own mean. Epsilon is that of
     the weights alone: what a run logs and records of its training rows is not private.
 
+    A row whose gradient is not finite adds nothing, which is within the bound of any row. Leaving out its
+    whole step would let the row decide about the step, noise and all, and epsilon does not cover that.
+
     Args:
         settings: see `PrivateSettings`.
         model: the student, on its device.
@@ -63,6 +67,7 @@ class PrivateSteps:
         parameters = [one for one in model.parameters() if one.requires_grad]
         self.generator = torch.Generator(parameters[0].device)
         self.gradient = PrivateGradient(parameters, settings.clip, settings.noise, self.generator)
+        self.dropped = 0  # rows whose gradient was not finite
 
     def draw(self, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
         """The rows of an optimizer step, counted from 0, in their order."""
@@ -80,13 +85,17 @@ class PrivateSteps:
             loss_of: the loss of a batch of one row, divided by its own tokens.
 
         Returns:
-            The mean loss over the expected rows, without noise.
+            The mean loss over the expected rows, without noise; NaN if a row was dropped.
         """
         total = torch.zeros((), device=self.generator.device)
         rows = len(batch["input_ids"]) if batch else 0
         for i in range(rows):
             loss = loss_of({name: x[i : i + 1] for name, x in batch.items() if not name.startswith("count_")})
-            self.gradient.add(loss)
+            try:
+                self.gradient.add(loss)
+            except NotFinite:
+                self.dropped += 1
+                loss = loss * math.nan
             total = total + loss.detach()
         words = np.random.SeedSequence((self.seed, step, 1)).generate_state(1, np.uint64)
         self.generator.manual_seed(int(words[0]))
@@ -94,5 +103,6 @@ class PrivateSteps:
         return total / self.batch_size
 
     def metrics(self, steps: int) -> dict[str, float]:
-        """`epsilon` after so many optimizer steps."""
-        return {"epsilon": epsilon(self.settings.noise, self.rate, steps, self.settings.delta)}
+        """`epsilon` after so many optimizer steps, and the rows dropped since training was last begun."""
+        spent = epsilon(self.settings.noise, self.rate, steps, self.settings.delta)
+        return {"epsilon": spent, "dropped_rows": self.dropped}

@@ -1,12 +1,17 @@
 """What a person sees while a run goes on, and the callback that writes the run folder."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from opsd_train.examine import from_metrics
+from opsd_train.passk import Interval
+from opsd_train.phases import PHASES
 from opsd_train.record import Accuracy, Evaluation, RunRecord
 
 SHOWN = {
@@ -16,13 +21,26 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tok/s",
     "memory_gb": "{:.2f} GB",
 }
+TIMES = {f"{name}_seconds": f"{name} {{:.2f}}" for name in PHASES}
+
+
+class _Bar(Progress):
+    """A bar with a line below it."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and what stands below."""
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, style="dim", overflow="ellipsis", no_wrap=True)
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar with loss, KL divergence, entropy, tokens per second and memory."""
+    """A progress bar with loss, KL divergence, entropy, speed, memory, and the seconds of a step by phase."""
 
     def __init__(self, console: Console) -> None:
-        self.bar = Progress(
+        self.bar = _Bar(
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
@@ -50,6 +68,8 @@ class ProgressCallback(TrainerCallback):
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
             shown = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
+            spent = [text.format(logs[key]) for key, text in TIMES.items() if logs.get(key, 0) >= 0.005]
+            self.bar.below = f"seconds a step: {'  '.join(spent)}" if spent else ""
             self.bar.update(self.task, description="  ".join(shown))
 
     def on_train_end(
@@ -81,12 +101,7 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write an evaluation."""
-        metrics = kwargs["metrics"]
-        greedy, sampled = (
-            Accuracy(**{key: metrics[f"eval_{name}_{key}"] for key in Accuracy.__annotations__})  # type: ignore[typeddict-item]
-            for name in ("greedy", "sampled")
-        )
-        self.record.add_evaluation(Evaluation(step=state.global_step, greedy=greedy, sampled=sampled))
+        self.record.add_evaluation(from_metrics(kwargs["metrics"], state.global_step))
 
 
 def accuracy_table(before: Evaluation, after: Evaluation) -> Table:
@@ -96,13 +111,26 @@ def accuracy_table(before: Evaluation, after: Evaluation) -> Table:
     )
     for heading in ("decoding", f"before (step {before['step']:,})", f"after (step {after['step']:,})"):
         table.add_column(heading)
-    for name, first, last in (
-        ("greedy", before["greedy"], after["greedy"]),
-        ("sampled", before["sampled"], after["sampled"]),
-    ):
-        table.add_row(name, _interval(first), _interval(last))
+    first, last = intervals(before), intervals(after)
+    for name, found in last.items():
+        table.add_row(name, interval(first[name]) if name in first else "", interval(found))
     return table
 
 
-def _interval(found: Accuracy) -> str:
-    return f"{found['accuracy']:.1%}  ({found['low']:.1%} to {found['high']:.1%})"
+def intervals(evaluation: Evaluation) -> dict[str, Interval]:
+    """What was measured, by name; pass@1 of several samples is their accuracy, and not told twice."""
+    found = {"greedy": _of(evaluation["greedy"]), "sampled": _of(evaluation["sampled"])}
+    return found | {
+        f"pass@{one['k']}": Interval(value=one["value"], low=one["low"], high=one["high"])
+        for one in evaluation.get("pass_at_k", [])
+        if one["k"] > 1
+    }
+
+
+def interval(found: Interval) -> str:
+    """A share with its interval, in words."""
+    return f"{found['value']:.1%}  ({found['low']:.1%} to {found['high']:.1%})"
+
+
+def _of(found: Accuracy) -> Interval:
+    return Interval(value=found["accuracy"], low=found["low"], high=found["high"])

@@ -6,9 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from opsd_train import thinking
+from opsd_train.quarantine import Refuse, stop
+
 if TYPE_CHECKING:
+    from opsd_train.config import OPSDConfig
     from opsd_train.data import Row
 
 Message: TypeAlias = dict[str, str]
@@ -76,28 +81,68 @@ class Encoder:
     student_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self, rows: "Sequence[Row]") -> list[Prompt]:
-        """Tokenise every row; ValueError names the first one that does not fit, nothing is truncated."""
-        if not rows:
-            return []
-        student = self._ids([row.student for row in rows], self.student_chat_kwargs)
-        teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs)
-        for row, student_ids, teacher_ids in zip(rows, student, teacher, strict=True):
-            self._check_budget(row, len(student_ids), len(teacher_ids))
-        return [
-            Prompt(tuple(student_ids), tuple(teacher_ids), row.answer, row.where, row)
-            for row, student_ids, teacher_ids in zip(rows, student, teacher, strict=True)
-        ]
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, config: "OPSDConfig") -> "Encoder":
+        """With the budgets and switches of a run."""
+        return cls(
+            tokenizer,
+            config.max_prompt_length,
+            config.max_teacher_prompt_length,
+            config.student_chat_kwargs,  # type: ignore[arg-type]
+            config.teacher_chat_kwargs,  # type: ignore[arg-type]
+        )
+
+    def ignored_switches(self) -> list[str]:
+        """A sentence for each switch (`enable_thinking`) that is set and that the chat template lacks."""
+        student, teacher = self.student_chat_kwargs, self.teacher_chat_kwargs
+        return thinking.ignored(self.tokenizer, student=student, teacher=teacher)
+
+    def encode(self, rows: "Sequence[Row]", refuse: Refuse = stop) -> list[Prompt]:
+        """Tokenise every row; one that does not fit is refused by its place, nothing is truncated."""
+        prompts = []
+        for row, encoded in zip(rows, self._encoded_rows(rows), strict=True):
+            try:
+                student, teacher = encoded or self._encoded_row(row)
+                self.check_budget(row, len(student), len(teacher))
+            except ValueError as error:
+                refuse(str(error), row.where, row.record)
+            else:
+                prompts.append(Prompt(tuple(student), tuple(teacher), row.answer, row.where, row))
+        return prompts
+
+    def _encoded_rows(self, rows: "Sequence[Row]") -> Sequence[tuple[list[int], list[int]] | None]:
+        """The ids of student and teacher in one go; None for every row if one of them cannot be encoded."""
+        try:
+            student = self._ids([row.student for row in rows], self.student_chat_kwargs)
+            teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs)
+        except ValueError:
+            return [None] * len(rows)
+        return list(zip(student, teacher, strict=True))
+
+    def _encoded_row(self, row: "Row") -> tuple[list[int], list[int]]:
+        try:
+            (student,) = self._ids([row.student], self.student_chat_kwargs)
+            (teacher,) = self._ids([row.teacher], self.teacher_chat_kwargs)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+        return student, teacher
 
     def teacher_ids(self, chats: "Sequence[Sequence[Message]]") -> list[tuple[int, ...]]:
         """What a teacher reads, as ids; they are not held to a budget here."""
         return [tuple(ids) for ids in self._ids(chats, self.teacher_chat_kwargs)] if chats else []
 
     def _ids(self, chats: "Sequence[Sequence[Message]]", chat_kwargs: Mapping[str, Any]) -> list[list[int]]:
+        if not chats:
+            return []
         if self.tokenizer.chat_template is not None:
-            texts = self.tokenizer.apply_chat_template(
-                [list(chat) for chat in chats], tokenize=False, add_generation_prompt=True, **chat_kwargs
-            )
+            try:
+                texts = self.tokenizer.apply_chat_template(
+                    [list(chat) for chat in chats], tokenize=False, add_generation_prompt=True, **chat_kwargs
+                )
+            except TemplateError as error:
+                raise ValueError(
+                    f"prompt: expected messages that the chat template takes; {error}"
+                ) from error
             # The chat template has already written the special tokens.
             return self._encoded(list(texts), add_special_tokens=False)  # type: ignore[arg-type]
         if any(len(chat) != 1 for chat in chats):
@@ -113,7 +158,8 @@ class Encoder:
                 "template with words that a small vocabulary lacks? see student_template, context_templates)"
             ) from error
 
-    def _check_budget(self, row: "Row", student: int, teacher: int) -> None:
+    def check_budget(self, row: "Row", student: int, teacher: int) -> None:
+        """ValueError for a row whose prompts have none or too many tokens."""
         if student == 0 or teacher == 0:
             raise ValueError(f"{row.where}: expected prompts of at least one token, got an empty one")
         if student > self.max_prompt_length or teacher > self.max_teacher_prompt_length:

@@ -1,6 +1,6 @@
 """One batch as the student and as every teacher of a method reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ import opsd_kernels
 from opsd_kernels import Hidden, LogLinear
 from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.method import FROZEN, MethodRun
+from opsd_train.phases import Phase, untimed
 from opsd_train.rollouts import check_alignment
-from opsd_train.teachers import Teacher, TeacherRule, make_teacher
+from opsd_train.teacher_rule import TeacherRule
+from opsd_train.teachers import Teacher, make_teacher
 
 
 class Readers:
@@ -32,10 +34,20 @@ class Readers:
         if rule.kind != "initial" and any(role in FROZEN for role in method.roles.contexts):
             self.initial = make_teacher(TeacherRule("initial"), student)
 
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """See `Teacher.place`; the run's teacher is placed already."""
+        if self.initial is not self.teacher:
+            self.initial.place(adopt)
+
     def read(
-        self, model: torch.nn.Module, inputs: Mapping[str, Tensor], temperature: float, step: int = 0
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Tensor],
+        temperature: float,
+        step: int = 0,
+        phase: Phase = untimed,
     ) -> tuple[Hidden, dict[str, Any], dict[str, Tensor]]:
-        """The student, the loss's teachers by role, and its columns of data.
+        """The student, the loss's teachers by role, and its columns of data; `phase` times who reads.
 
         Raises ValueError for a batch in which they do not read the same completions.
         """
@@ -47,12 +59,13 @@ class Readers:
 
         def source(role: str) -> Hidden | LogLinear:
             if role not in sources:
-                sources[role] = self._source(role, inputs, length)
+                with phase("teacher"):
+                    sources[role] = self._source(role, inputs, length)
             return sources[role]
 
-        student = head_source(
-            model, completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
-        )
+        with phase("student"):
+            hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
+        student = head_source(model, hidden)
 
         def own() -> Tensor:
             return logprobs_of(student, **known)
@@ -60,7 +73,8 @@ class Readers:
         def score(role: str) -> Tensor:
             return logprobs_of(source(role), **known)
 
-        data = self.method.scored(inputs, score, own)
+        with phase("loss"):
+            data = self.method.scored(inputs, score, own)
         return student, {role: source(role) for role in self.method.recipe(step).roles}, data
 
     def _source(self, role: str, inputs: Mapping[str, Tensor], length: int) -> Hidden | LogLinear:

@@ -4,6 +4,8 @@
     evaluations.json   list of `Evaluation`
     rollouts.json      list of `RolloutRecord`
     run.json           one object: model, objective, configuration, versions
+    completions/       Parquet, see `completions.py`
+    superseded.jsonl   what the record held of steps that a resumed run went through again
 
 All of it is strict JSON: a number that is not finite is written as null and read back as NaN (as None inside
 an evaluation or a rollout). The three JSON files are replaced whole, so a reader sees the old or the new one;
@@ -12,15 +14,18 @@ only `metrics.jsonl` can be cut off by a crash, and then only in its last line.
 
 import json
 import math
-import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
+
+from opsd_train.completions import kept
+from opsd_train.json_files import dumps, write_atomically
 
 METRICS, EVALUATIONS, ROLLOUTS, INFO = "metrics.jsonl", "evaluations.json", "rollouts.json", "run.json"
 FILES = (METRICS, EVALUATIONS, ROLLOUTS, INFO)
+SUPERSEDED = "superseded.jsonl"
 
 
 class Accuracy(TypedDict):
@@ -33,12 +38,27 @@ class Accuracy(TypedDict):
     high: float
 
 
+class PassAtK(TypedDict):
+    """Chance that one of `k` samples is right, with its 95 % interval; fractions in [0, 1]."""
+
+    k: int
+    value: float
+    low: float
+    high: float
+
+
 class Evaluation(TypedDict):
-    """Held-out accuracy after `step` optimizer steps, by greedy decoding and by sampling."""
+    """Held-out accuracy after `step` optimizer steps, by greedy decoding and by sampling.
+
+    `samples` completions were sampled of every problem: `sampled` is the share of all that are right, its
+    `total` so many times the problems. Older records have neither `samples` nor `pass_at_k`.
+    """
 
     step: int
     greedy: Accuracy
     sampled: Accuracy
+    samples: NotRequired[int]
+    pass_at_k: NotRequired[list[PassAtK]]
 
 
 class TokenRecord(TypedDict):
@@ -98,8 +118,8 @@ class RunRecord:
         if held and existing == "error":
             raise ValueError(f"directory: expected a folder without a run, but {directory} holds {held}")
         if existing == "replace":
-            for name in held:
-                (self.directory / name).unlink()
+            for path in (*(self.directory / name for name in held), *kept(self.directory)):
+                path.unlink()
         self._drop_torn_line()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -107,6 +127,8 @@ class RunRecord:
         line = dumps({"step": step, **metrics} | {"step": step}) + "\n"
         with (self.directory / METRICS).open("a", encoding="utf-8") as file:
             file.write(line)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows shall not outlive the lines before it
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation, in place of an earlier one of the same step."""
@@ -119,6 +141,26 @@ class RunRecord:
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Write run.json. A value that JSON has no form for (a path, a dtype) is written as its `str`."""
         write_atomically(self.directory / INFO, dumps(info, indent=1, default=str))
+
+    def rewind(self, step: int) -> None:
+        """Drop what came after `step`, from which a run goes on; it is appended to superseded.jsonl."""
+        problems: list[str] = []
+        dropped: list[dict[str, Any]] = []
+        lines = _read_metrics(self.directory / METRICS, problems)
+        dropped += [{"metrics": one} for one in lines if one["step"] > step]
+        if dropped:
+            kept = [dumps(one) + "\n" for one in lines if one["step"] <= step]
+            write_atomically(self.directory / METRICS, "".join(kept))
+        for name in (EVALUATIONS, ROLLOUTS):
+            found = _read_list(self.directory / name, lambda item: "step" in item, problems)
+            later = [one for one in found if one["step"] > step]
+            if later and not problems:
+                kept = [one for one in found if one["step"] <= step]
+                write_atomically(self.directory / name, dumps(kept))
+                dropped += [{Path(name).stem: one} for one in later]
+        if dropped:
+            with (self.directory / SUPERSEDED).open("a", encoding="utf-8") as file:
+                file.writelines(dumps(one) + "\n" for one in dropped)
 
     def _extend(self, name: str, items: list[Any]) -> None:
         steps = {item["step"] for item in items}
@@ -161,40 +203,6 @@ def load_run(directory: str | Path) -> Run:
         rollouts=_read_list(folder / ROLLOUTS, _is_rollout, problems),
         problems=problems,
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader or a crash finds the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def dumps(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
-    """Strict JSON: numbers that are not finite are null."""
-    return json.dumps(_strict(value), allow_nan=False, ensure_ascii=False, indent=indent, default=default)
-
-
-def _strict(value: Any) -> Any:
-    """Replace non-finite numbers by None, and numpy's scalars by Python's."""
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
 
 
 def _read_json(path: Path, problems: list[str]) -> Any:

@@ -13,7 +13,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import charts, highlight
-from .record import Accuracy, Evaluation, Run, load_run, write_atomically
+from .json_files import write_atomically
+from .record import Accuracy, Evaluation, Run, load_run
+from .stack import stacked
+from .worst import worst
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -37,9 +40,11 @@ def write_report(run_dir: str | Path) -> Path:
         facts=_facts(run),
         problems=run.problems,
         accuracy=_accuracy_rows(run.evaluations),
-        charts=charts.charts(run),
+        charts=_charts(run),
         area=charts,
         groups=highlight.groups(run.rollouts),
+        worst=worst(run.rollouts),
+        several=any(one.get("samples", 1) > 1 for one in run.evaluations),
         legend=highlight.legend(),
         shown_nats=highlight.TEACHER_SHOWN_NATS,
         config=list(_flat(settings)),
@@ -49,6 +54,12 @@ def write_report(run_dir: str | Path) -> Path:
     path = run.directory / "report.html"
     write_atomically(path, page)
     return path
+
+
+def _charts(run: Run) -> dict[str, list[charts.Chart]]:
+    found = charts.charts(run)
+    times = stacked(run.metrics)
+    return found if times is None else {**found, "curves": [*found["curves"], times]}
 
 
 def verdict(run: Run) -> str:
@@ -84,15 +95,33 @@ def _interval(accuracy: Accuracy) -> str:
 def _accuracy_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Rows of the table: by way of decoding, the first and last evaluation and the points gained."""
     ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else list(evaluations)
+    if not ends:
+        return []
+    measured = [_measured(one) for one in ends]
     return [
         {
-            "decoding": decoding,
-            "cells": [(one["step"], one[decoding]) for one in ends],
-            "points": 100 * (ends[-1][decoding]["accuracy"] - ends[0][decoding]["accuracy"]),
+            "decoding": name,
+            "cells": [(one["step"], found.get(name)) for one, found in zip(ends, measured, strict=True)],
+            "points": _points(measured[0].get(name), measured[-1][name]),
         }
-        for decoding in ("greedy", "sampled")
-        if ends
+        for name in measured[-1]
     ]
+
+
+def _measured(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """What an evaluation found, by name; pass@1 of several samples is their accuracy."""
+    found: dict[str, dict[str, Any]] = {
+        name: {**evaluation[name]}  # type: ignore[literal-required]
+        for name in ("greedy", "sampled")
+    }
+    for one in evaluation.get("pass_at_k", []):
+        if one["k"] > 1:
+            found[f"pass@{one['k']}"] = {**one, "accuracy": one["value"], "total": None}
+    return found
+
+
+def _points(first: Mapping[str, Any] | None, last: Mapping[str, Any]) -> float | None:
+    return None if first is None else 100 * (last["accuracy"] - first["accuracy"])
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

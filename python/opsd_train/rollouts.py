@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from opsd_train import stops
 from opsd_train.prompts import Prompt, pad_left, pad_right
 
 
@@ -71,11 +72,16 @@ def generate(
     sampling: Sampling,
     vocabulary: Vocabulary,
     seed: Sequence[int],
+    synced: bool = False,
 ) -> list[tuple[int, ...]]:
     """Complete every prompt; the result is a function of the weights, the prompts, `sampling` and `seed`.
 
     The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
-    distribution that is trained. The global random state is left as it was.
+    distribution that is trained. The global random state is left as it was. With `synced`, every process goes
+    on until the last one is done, as a sharded model needs it.
+
+    Raises:
+        Stopped: a signal asked for it, see `stops`.
     """
     if not prompts:
         return []
@@ -86,7 +92,14 @@ def generate(
         for start in range(0, len(prompts), size):
             ids, mask = pad_left(prompts[start : start + size], vocabulary.pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            sequences = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stops.StopRequested()]),
+                synced_gpus=synced,
+            )
+            stops.check()
             for tokens in sequences[:, ids.shape[1] :].tolist():
                 completions.append(until_end(tokens, vocabulary.eos_ids))
     return completions

@@ -1,8 +1,13 @@
 """Which model is trained on which data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from opsd_train.method_config import option
+from opsd_train.data import Reading
+from opsd_train.generated import HELD_OUT_SEED
+from opsd_train.method_config import json_object, option
+from opsd_train.quarantine import Refuse, stop
+from opsd_train.sources import Choice
 
 
 @dataclass
@@ -10,8 +15,32 @@ class RunOptions:
     """Which model is trained on which data; how, `OPSDConfig` says."""
 
     model: str = field(metadata={"help": "Local folder or hub id of a causal language model."})
-    data: str = field(metadata={"help": "Training rows, a .jsonl or .parquet file."})
-    eval_data: str | None = option(None, "Held-out rows with an `answer` or a `solution`.")
+    data: str = field(
+        metadata={
+            "help": "Training rows: a .jsonl, .json, .parquet or .csv file, a glob, a folder, a hub id (name "
+            "or name:configuration), or reasoning_gym:TASK; ?split=... behind it beats the options below."
+        }
+    )
+    eval_data: str | None = option(None, "Held-out rows with an `answer` or a `solution`, named like `data`.")
+    data_split: str = option("train", "Split of a folder or a hub id in `data`.")
+    eval_split: str = option("test", "Split of a folder or a hub id in `eval_data`.")
+    data_revision: str | None = option(None, "Commit, tag or branch of a hub id in `data` and `eval_data`.")
+    task_size: int = option(500, "Problems to generate for reasoning_gym:TASK.")
+    task_seed: int = option(0, "Problem i of reasoning_gym:TASK is drawn with the seed task_seed + i.")
+    eval_size: int = option(128, "Held-out problems to generate for reasoning_gym:TASK.")
+    columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON with the data set's names of columns by ours, say "
+            '{"problem": "question", "solution": "answer"}.'
+        },
+    )
+    skip_bad_rows: int = option(
+        0, "Set aside up to so many bad rows in bad_rows.jsonl of the run folder; one more stops the run."
+    )
+    repeated_rows: str = option(
+        "keep", "Whether a row that comes again is kept (`keep`) or a bad one (`refuse`)."
+    )
     gguf_file: str | None = option(None, "Load this GGUF file of the model's folder.")
     revision: str | None = option(None, "Commit, tag or branch of a hub id.")
     dtype: str = option("float32", "Dtype of the weights: float32, bfloat16 or float16.")
@@ -20,3 +49,24 @@ class RunOptions:
     )
     lora_alpha: float = option(32.0, "LoRA's alpha: updates scale with alpha / rank.")
     lora_dropout: float = option(0.0, "Dropout in front of the LoRA adapters.")
+
+    def __post_init__(self) -> None:
+        self.columns = json_object("columns", self.columns or {})
+        for ours, theirs in self.columns.items():
+            if not isinstance(theirs, str):
+                raise ValueError(f"columns: expected the name of a column for {ours!r}, got {theirs!r}")
+        if self.repeated_rows not in ("keep", "refuse"):
+            raise ValueError(f"repeated_rows: expected keep or refuse, got {self.repeated_rows!r}")
+        if self.skip_bad_rows < 0:
+            raise ValueError(f"skip_bad_rows: expected a number of at least 0, got {self.skip_bad_rows}")
+
+    def choice(self, held_out: bool = False) -> Choice:
+        """Which part of `data`, or of `eval_data`, is read."""
+        if held_out:
+            return Choice(self.eval_split, self.data_revision, self.eval_size, HELD_OUT_SEED)
+        return Choice(self.data_split, self.data_revision, self.task_size, self.task_seed)
+
+    def reading(self, refuse: Refuse = stop, held_out: bool = False) -> Reading:
+        """How `data`, or `eval_data`, is read."""
+        repeats = self.repeated_rows == "keep"
+        return Reading(self.choice(held_out), dict(self.columns or {}), refuse, repeats)  # type: ignore[arg-type]

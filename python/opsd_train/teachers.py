@@ -1,12 +1,13 @@
 """Where the teacher's weights come from: the start of training, this step, those between, or elsewhere."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -16,69 +17,13 @@ from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.effective import adapters_add, effective_weights, frozen_copy, require_lora_alone
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
-from opsd_train.served import ServedReader, ServedRule
+from opsd_train.served import ServedReader
+from opsd_train.sharding import is_main, part_of, whole
+from opsd_train.teacher_rule import TeacherRule
 
-KINDS = ("initial", "live", "ema", "sync", "trust_region", "model", "served")
 EMA_FILE = "ema_teacher.safetensors"
 SYNC_FILE = "sync_teacher.safetensors"
-
-
-@dataclass(frozen=True)
-class TeacherRule:
-    """Which weights the teacher has, and how they follow the student.
-
-    Args:
-        kind: one of `KINDS`. `initial`: those that training started from; `live`: those of this step; `ema`:
-            a moving average; `sync`: a copy that is renewed; `trust_region`: a geometric mixture of `initial`
-            and `live`; `model`: another model's; `served`: those of a vLLM server.
-        decay: of `ema`, in [0, 1).
-        every: optimizer steps from one update of `ema` or `sync` to the next.
-        copy_every: optimizer steps after which `ema` is set to the student itself; 0 for never.
-        share: of `live` in `trust_region`, in [0, 1].
-        model: folder or hub id, of `model`.
-        served: how the server is asked, of `served`.
-    """
-
-    kind: str = "initial"
-    decay: float = 0.98
-    every: int = 1
-    copy_every: int = 0
-    share: float = 0.05
-    model: str | None = None
-    served: ServedRule | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"teacher: expected one of {', '.join(KINDS)}; got {self.kind!r}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"ema_decay: expected a number at least 0 and below 1, got {self.decay}")
-        if self.every < 1 or self.copy_every < 0:
-            raise ValueError(
-                "teacher_every: expected at least 1, and teacher_copy_every at least 0; got "
-                f"{self.every} and {self.copy_every}"
-            )
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"teacher_share: expected a number in [0, 1], got {self.share}")
-        if (self.kind == "model") != (self.model is not None):
-            raise ValueError(
-                f"teacher_model: expected a folder or hub id with teacher 'model' and only then; got "
-                f"{self.model!r} with {self.kind!r}"
-            )
-
-        if (self.kind == "served") != (self.served is not None):
-            raise ValueError(f"teacher: expected 'served' with a server and only then; got {self.kind!r}")
-
-    def __str__(self) -> str:
-        if self.served is not None:
-            return f"served by {self.served.url}, the student's {self.served.top_k} most likely tokens"
-        every = f" every {self.every} steps" if self.every > 1 else ""
-        copied = f", copied every {self.copy_every}" if self.copy_every else ""
-        return {
-            "ema": f"ema (decay {self.decay}{every}{copied})",
-            "sync": f"sync{every}",
-            "trust_region": f"trust_region (share {self.share})",
-            "model": f"model {self.model}",
-        }.get(self.kind, self.kind)
+ADAPTED = BaseTunerLayer | ModulesToSaveWrapper
 
 
 class Teacher:
@@ -112,11 +57,15 @@ class Teacher:
         """Inside, `model` has the teacher's weights."""
         return nullcontext()
 
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """Put a copy of its own where the student is; `adopt` leaves the student itself as it is."""
+        self.model = adopt(self.model)
+
     def after_optimizer_step(self) -> None:
         """Follow the student."""
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write into a checkpoint's folder what a resumed run could not know."""
+        """Write into a checkpoint's folder what a resumed run could not know; called by every process."""
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote."""
@@ -155,14 +104,17 @@ class AdapterOffTeacher(Teacher):
     def weights(self) -> Iterator[None]:
         """Adapters are off inside."""
         assert isinstance(self.model, PeftModel)
-        # PEFT turns adapters on again as trainable, also those that were frozen.
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        # Not `disable_adapter`, which freezes parameters and makes them all trainable again: FSDP2 asks a
+        # parameter once whether it is trained, and that may be inside.
+        layers = [module for module in self.model.modules() if isinstance(module, ADAPTED)]
+        states = [layer._disable_adapters for layer in layers]
         try:
-            with self.model.disable_adapter():
-                yield
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
         finally:
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+            for layer, off in zip(layers, states, strict=True):
+                layer._disable_adapters = off
 
 
 class EmaTeacher(Teacher):
@@ -185,11 +137,21 @@ class EmaTeacher(Teacher):
         super().__init__(frozen_copy(student))
         self.student, self.decay, self.every, self.copy_every = student, decay, every, copy_every
         self.steps = 0
+        self.names = [name for name, _ in effective_weights(student)]
+        self._own()
+
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """See `Teacher.place`; the average is sharded like the weights it is the average of."""
+        super().place(adopt)
+        self._own()
+
+    def _own(self) -> None:
+        """Find the weights that follow, and begin their average with what they are."""
         own = dict(self.model.named_parameters())
-        self.read_by = {name: own[name] for name, _ in effective_weights(student)}
+        self.read_by = {name: own[name] for name in self.names}
         # The same storage where no wider one is needed.
         self.average = {
-            name: weight.data.float() if decay else weight.data for name, weight in self.read_by.items()
+            name: weight.data.float() if self.decay else weight.data for name, weight in self.read_by.items()
         }
 
     def after_optimizer_step(self) -> None:
@@ -207,9 +169,10 @@ class EmaTeacher(Teacher):
             self.read_by[name].copy_(self.average[name])
 
     def save(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Write the average as it is kept, and the number of steps."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.average.items()}
-        save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
+        """Write the average as it is kept, whole, and the number of steps."""
+        tensors = {name: whole(tensor).contiguous() for name, tensor in self.average.items()}
+        if is_main():
+            save_file(tensors, os.path.join(checkpoint, self.file), metadata={"steps": str(self.steps)})
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Read what `save` wrote; ValueError if it is not there or belongs to another model."""
@@ -229,8 +192,9 @@ class EmaTeacher(Teacher):
         self.steps = int(steps)
         with torch.no_grad():
             for name, tensor in saved.items():
-                self.average[name].copy_(tensor)
-                self.read_by[name].copy_(tensor)
+                part = part_of(tensor, self.average[name])
+                self.average[name].copy_(part)
+                self.read_by[name].copy_(part)
 
 
 class SyncTeacher(EmaTeacher):
@@ -257,6 +221,10 @@ class TrustRegionTeacher(Teacher):
     def __init__(self, reference: Teacher, student: torch.nn.Module, share: float) -> None:
         super().__init__(student)
         self.reference, self.share = reference, share
+
+    def place(self, adopt: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """See `Teacher.place`."""
+        self.reference.place(adopt)
 
     def source(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> LogLinear:
         """Both streams at the completion's positions, all constant."""

@@ -28,3 +28,21 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(code=2) from None
+
+
+@contextmanager
+def early_ends() -> Iterator[None]:
+    """Print why a run ended early as one message, and leave with its exit code.
+
+    128 plus its number for a signal that stopped the run (143 for SIGTERM, 130 for SIGINT), 1 for steps that
+    were not finite and for an engine that failed.
+    """
+    from opsd_train.engines.base import EngineError
+    from opsd_train.finite import BadSteps
+    from opsd_train.stops import Stopped
+
+    try:
+        yield
+    except (Stopped, BadSteps, EngineError) as error:
+        Console(stderr=True).print(f"[red]ended:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code=error.code if isinstance(error, Stopped) else 1) from None

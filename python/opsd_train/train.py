@@ -1,9 +1,8 @@
 """One run, from a model and rows to a report: what `opsd demo` and `opsd train` have in common."""
 
 import platform
-import resource
-import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -16,15 +15,17 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from opsd_kernels import get_method
-from opsd_train import record
+from opsd_train import data, record, stops, trackers
 from opsd_train.backbone import causal_lm
 from opsd_train.checkpoints import newest_checkpoint
 from opsd_train.config import OPSDConfig
-from opsd_train.data import Row, load_rows
+from opsd_train.data import Row
 from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import load, with_lora
+from opsd_train.meter import peak_memory_gb
 from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
 from opsd_train.prompts import Encoder
+from opsd_train.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.record import RunRecord, load_run
 from opsd_train.report import write_report
 from opsd_train.run_options import RunOptions
@@ -38,16 +39,15 @@ def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrai
     """Load what `opsd train` was given. Raises ValueError for anything that is wrong with it."""
     check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
     last_checkpoint(config)
-    templates = config.to_templates()
-    privileged = config.method is None
-    rows = load_rows(options.data, templates, privileged)
-    held_out = load_rows(options.eval_data, templates, privileged) if options.eval_data else []
+    loaded = data.load(options, config)
+    for note in loaded.notes:
+        console.print(note, highlight=False, markup=False)
     with console.status(f"loading {options.model}"):
         model, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
         student: torch.nn.Module = model
         if options.lora_rank:
             student = with_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
-        return make_trainer(student, tokenizer, rows, held_out, config)
+        return make_trainer(student, tokenizer, loaded.rows, loaded.held_out, config, loaded.quarantine)
 
 
 def make_trainer(
@@ -56,21 +56,20 @@ def make_trainer(
     rows: Sequence[Row],
     held_out: Sequence[Row],
     config: OPSDConfig,
+    refuse: Refuse = stop,
 ) -> OPSDTrainer:
-    """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets."""
-    encoder = Encoder(
-        tokenizer,
-        config.max_prompt_length,
-        config.max_teacher_prompt_length,
-        config.student_chat_kwargs,  # type: ignore[arg-type]
-        config.teacher_chat_kwargs,  # type: ignore[arg-type]
-    )
+    """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets.
+
+    What happens to one over its budget is up to `refuse`; it stops the run, if nothing else is said.
+    """
+    encoder = Encoder.of(tokenizer, config)
+    for sentence in encoder.ignored_switches():
+        warnings.warn(sentence, stacklevel=2)
     method = config.to_method(encoder)
     if method is not None:
         method.check(rows)
-    return OPSDTrainer(
-        model, config, encoder.encode(rows), tokenizer, encoder.encode(held_out), method=method
-    )
+    prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
+    return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 
 def run(
@@ -78,17 +77,24 @@ def run(
 ) -> Path:
     """Evaluate, train, evaluate, and write the run folder; returns the path of the report.
 
+    SIGTERM and SIGINT end it at the next safe point, see `stops`; however it ends, its engine is closed. In a
+    run of several processes all of them call this, and the first one writes.
+
     Args:
         trainer: as `make_trainer` made it; its `output_dir` becomes the run folder.
         about: what goes into run.json besides what the trainer knows: `name` and `model` at least.
         console: where progress and the final table appear.
         existing: what to do if the folder holds a run already, see `RunRecord`.
+
+    Raises:
+        Stopped: a signal ended the run, which can be resumed.
+        BadSteps: too many steps in a row were not finite.
+        EngineError: the engine that writes rollouts died, stalled or has other weights.
     """
     config, folder = trainer.config, Path(trainer.config.output_dir or ".")
-    written = RunRecord(folder, existing)
-    started = time.perf_counter()
-    info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
-    written.write_info(info)
+    written = RunRecord(folder, existing) if trainer.is_world_process_zero() else None
+    if written is None:
+        console = Console(quiet=True)
     if config.method is not None:
         console.print(
             f"method {config.method}: the teacher's weights are {config.to_teacher()} (--teacher); published "
@@ -96,43 +102,65 @@ def run(
             highlight=False,
             markup=False,
         )
-    trainer.add_callback(RecordCallback(written))
-    trainer.add_callback(progress := ProgressCallback(console))
-    checkpoint = last_checkpoint(config)
+    started = time.perf_counter()
+    info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
+    trackers.aim(trainer)
+    try:
+        with stops.watched(trainer):
+            _train(trainer, written, info, console)
+            trainer.save_model(folder / "model")
+    finally:
+        trainer.engine.close()
+    if written is not None:
+        info |= {
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gb": peak_memory_gb(trainer.args.device),
+        }
+        written.write_info(info)
+        found = load_run(folder).evaluations
+        if found:
+            console.print(accuracy_table(found[0], found[-1]))
+        write_report(folder)
+    return folder / "report.html"
+
+
+def _train(
+    trainer: OPSDTrainer, written: RunRecord | None, info: Mapping[str, Any], console: Console
+) -> None:
+    """Look at the student, train it, and look again; what is seen is written down."""
+    progress = None
+    if written is not None:
+        written.write_info(info)
+        trainer.add_callback(RecordCallback(written))
+        trainer.add_callback(progress := ProgressCallback(console))
+    checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         look(trainer, written, console)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
     look(trainer, written, console)
-    save_model(trainer, folder / "model")
-    info |= {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(trainer.args.device)}
-    written.write_info(info)
-    found = load_run(folder).evaluations
-    if found:
-        console.print(accuracy_table(found[0], found[-1]))
-    return write_report(folder)
 
 
-def look(trainer: OPSDTrainer, written: RunRecord, console: Console) -> None:
+def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> None:
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
-    with console.status(f"evaluating at step {trainer.state.global_step}"):
-        evaluated = {evaluation["step"] for evaluation in load_run(written.directory).evaluations}
-        if trainer.held_out and trainer.state.global_step not in evaluated:
+    step = trainer.state.global_step
+    with console.status(f"evaluating at step {step}"):
+        known = written is not None and step in {
+            evaluation["step"] for evaluation in load_run(written.directory).evaluations
+        }
+        if trainer.held_out and not trainer.ranks.any(known):
             trainer.evaluate()
         if (
             trainer.stored is not None or not trainer.teacher.is_whole
         ):  # there is no teacher whose opinion could be recorded
             return
         watched = trainer.held_out or trainer.prompts
-        written.add_rollouts(inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded]))
-
-
-def save_model(trainer: OPSDTrainer, folder: Path) -> None:
-    """Weights (of the adapters only, for LoRA) as safetensors, configuration and tokenizer."""
-    trainer.student.save_pretrained(folder)  # type: ignore[operator]
-    trainer.tokenizer.save_pretrained(folder)
+        seen = inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded])
+        if written is not None:
+            written.add_rollouts(seen)
 
 
 def check_output(folder: str | Path | None, existing: Existing) -> None:
@@ -140,7 +168,7 @@ def check_output(folder: str | Path | None, existing: Existing) -> None:
     path = Path(folder or ".")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path}")
-    held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    held = sorted(entry.name for entry in path.iterdir() if entry.name != BAD_ROWS) if path.is_dir() else []
     is_run = any(name in held for name in record.FILES)
     if held and not is_run:
         raise ValueError(f"out: expected an empty folder or a run, but {path} holds {', '.join(held[:3])}")
@@ -178,6 +206,11 @@ def describe(trainer: OPSDTrainer) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
         "device": str(trainer.args.device),
+        "rows": {
+            "training": len(trainer.prompts),
+            "held_out": len(trainer.held_out),
+            "set_aside": count(config.output_dir),
+        },
     }
 
 
@@ -186,11 +219,3 @@ def _minimised(config: OPSDConfig, trainer: OPSDTrainer) -> dict[str, Any]:
     if config.method is None:
         return asdict(trainer.objective)
     return {"method": config.method, **dict(config.method_options or {})}  # type: ignore[arg-type]
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory the run has had: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -3,38 +3,41 @@
 import dataclasses
 import itertools
 import os
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear, Objective, TopK
-from opsd_train import evaluate
+from opsd_train import stops
+from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.checkpoints import StepCallback, checkpoint_of
+from opsd_train.completions import Completions
 from opsd_train.config import OPSDConfig
 from opsd_train.effopd import hold_back
+from opsd_train.engines.agreement import Agreement, check_engine_columns
 from opsd_train.engines.make import make_engine
+from opsd_train.examined import EVALUATION, TRAINING, Examined
+from opsd_train.finite import FiniteSteps
 from opsd_train.meter import Meter, logs_next
 from opsd_train.method import MethodRun
+from opsd_train.metrics import teacher_mass
 from opsd_train.offline_train import StoredReaders, StoredRollouts
 from opsd_train.pieces import Pieces
 from opsd_train.prompts import Prompt
 from opsd_train.readers import Readers
-from opsd_train.record import Accuracy
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted
 from opsd_train.sampler import Repeated, parts_of
+from opsd_train.sharding import Ranks
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers import Teacher, make_teacher
 
-TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
 
-
-class OPSDTrainer(Trainer):
+class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     """Minimises the divergence between student and teacher on the student's own rollouts.
 
     One optimizer step is::
@@ -81,10 +84,12 @@ class OPSDTrainer(Trainer):
         self.stored = None
         if args.offline is not None:
             self.stored = StoredRollouts(args.offline, train_dataset, args.loss_temperature)
-        evaluate.require_answers(self.held_out)
+        self.judge = args.to_judge()
+        self.judge.require([*self.held_out, *self.validation])
         check_positions(model, [*train_dataset, *self.held_out], args.max_completion_length)
         self.objective: Objective = args.to_objective()
         self.method = method
+        check_engine_columns(() if method is None else method.needs, args)
         self.vocabulary = Vocabulary.of(causal_lm(model), processing_class)
         self.sampling = Sampling(
             args.temperature, args.top_p, args.top_k, args.max_completion_length, args.generation_batch_size
@@ -99,6 +104,7 @@ class OPSDTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.ranks = Ranks(self.accelerator, model)
         check_head(model, train_dataset[0].student_ids)
         self.readers: Readers | StoredReaders | None = None
         if self.stored is None or method is None:
@@ -108,9 +114,14 @@ class OPSDTrainer(Trainer):
         else:
             self.teacher = Teacher(model)  # nobody asks it
             self.readers = StoredReaders(method, self.stored.top_k)
-        self.pieces = Pieces(args, model, self.teacher, method, len(self.prompts), self._validate)
+        self.teacher.place(self.ranks.adopt)
+        if isinstance(self.readers, Readers):
+            self.readers.place(self.ranks.adopt)
+        self.pieces = Pieces(args, model, self.teacher, method, len(self.prompts), self.validate)
         self.add_callback(StepCallback(self))
-        self.meter = Meter(args.device)
+        self.meter = Meter(args.device, args.max_completion_length, self.ranks.total)
+        self.agreement = Agreement()
+        self.completions = Completions(args.output_dir or ".", args.save_completions_every, processing_class)
         self.engine = make_engine(args, model, processing_class, self.vocabulary)
         self.engine_behind = True  # its weights are not those of the student, as after every step
 
@@ -119,19 +130,24 @@ class OPSDTrainer(Trainer):
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
         self.meter.begin_step()
+        self.agreement.begin_step()
         written = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        self.engine.rest()
+        self.expect(written)
         self.meter.count(written.rollouts)
         if not written.rollouts:
             return [{}], 0
         counting, pad_id, exposure = self.config.to_counting(), self.vocabulary.pad_id, self.pieces.exposure
         if self.method is None:
-            return plain_batches(written, counting, pad_id)
+            self.completions.keep(written.step, written.rollouts)
+            return self.ranks.counted(*plain_batches(written, counting, pad_id))
         method = self.method if exposure is None else exposure.exposed()
         batches, step = method_batches(written, method, counting, pad_id)
         self.meter.reward(step.rewards)
+        self.completions.keep(written.step, written.rollouts, step.rewards)
         if exposure is not None:
             exposure.read(step, pad_id)
-        return batches, sum(len(rollout.completion) for rollout in written.rollouts)
+        return self.ranks.counted(batches, sum(len(rollout.completion) for rollout in written.rollouts))
 
     def _write(self, batches: Sequence[Sequence[Prompt]]) -> Written:
         """The rollouts of the step that is next, in the parts of these batches."""
@@ -158,12 +174,14 @@ class OPSDTrainer(Trainer):
         """The gradient of a micro-batch, or of a whole private step; returns the part's loss."""
         private, exposure = self.pieces.private, self.pieces.exposure
         if private is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with self.meter.phase("backward"):  # less the phases inside
+                loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             model.train()
             batch = self._prepare_inputs(inputs) if inputs else {}
             with self.compute_loss_context_manager():
                 loss = private.step(batch, self.state.global_step, lambda row: self.compute_loss(model, row))
+        self.hear(inputs, loss, loss_skips=private is None)
         if exposure is not None:
             exposure.hear(loss)
         return loss
@@ -178,18 +196,28 @@ class OPSDTrainer(Trainer):
         """Sum of the divergences at the micro-batch's completion tokens over the tokens of the whole step."""
         if return_outputs:
             raise ValueError("return_outputs: expected False, since no logits are formed; got True")
+        inner = self.student if self.ranks.wrapped else model
+        return self.ranks.loss(model, lambda: self._loss(inner, inputs, num_items_in_batch))
+
+    def _loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], tokens: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What this process adds to the loss of the step, called inside the wrapper's forward pass."""
         mask = counted(inputs)
         settings: dict[str, Any] = {
             "mask": mask,
             "temperature": self.config.loss_temperature,
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
-        student, teacher, what = self._minimised(model, inputs, num_items_in_batch)
+        student, teacher, what = self._minimised(model, inputs, tokens)
+        self.agreement.hear(student, inputs)
         # What a cache holds of a teacher, or a server says, is no distribution that could be measured.
-        if self.stored is not None or not self.teacher.is_whole or not logs_next(self.args, self.state):
-            return opsd_kernels.loss(student, teacher, **settings, **what)
-        loss, stats = opsd_kernels.loss_and_stats(student, teacher, **settings, **what)
-        self.meter.add(stats, mask)
+        with self.meter.phase("loss"):
+            if self.stored is not None or not self.teacher.is_whole or not logs_next(self.args, self.state):
+                return opsd_kernels.loss(student, teacher, **settings, **what)
+            loss, stats = opsd_kernels.loss_and_stats(student, teacher, **settings, **what)
+            k, temperature = self.config.mass_top_k, self.config.loss_temperature
+            self.meter.add(stats, mask, teacher_mass(student, teacher, mask, k, temperature))
         return loss
 
     def _minimised(
@@ -201,7 +229,9 @@ class OPSDTrainer(Trainer):
             return student, teacher, {"objective": self.objective, "denominator": tokens}
         with self.accelerator.autocast():
             step = self.state.global_step
-            student, teachers, data = self.readers.read(model, inputs, self.config.loss_temperature, step)
+            student, teachers, data = self.readers.read(
+                model, inputs, self.config.loss_temperature, step, self.meter.phase
+            )
         counts = {name[6:]: count for name, count in inputs.items() if name.startswith("count_")}
         recipe = self.method.recipe(step)
         what = {"objective": recipe, "data": data, "denominator": None if tokens is None else counts}
@@ -217,9 +247,12 @@ class OPSDTrainer(Trainer):
         check_alignment(inputs)
         length = inputs["completion_mask"].shape[1]
         with self.accelerator.autocast():
-            hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
-            student = head_source(model, hidden)
-            return student, self.teacher.beside(student, inputs, length)
+            with self.meter.phase("student"):
+                hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
+                student = head_source(model, hidden)
+            with self.meter.phase("teacher"):
+                teacher = self.teacher.beside(student, inputs, length)
+        return student, teacher
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Every prompt `num_generations` times in a row, so that its rollouts are in one step."""
@@ -232,11 +265,18 @@ class OPSDTrainer(Trainer):
         self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
     ) -> list[Rollout]:
         """Let the student complete every prompt."""
-        seed = (self.config.seed, *stream)
-        if self.engine_behind:
-            self.engine.follow(self.state.global_step)
-            self.engine_behind = False
-        written = self.engine.write([prompt.student_ids for prompt in prompts], sampling, seed)
+        seed = self.ranks.seeded((self.config.seed, *stream))
+        ids = [prompt.student_ids for prompt in prompts]
+        # The prompts of a training step are this process's already.
+        shared = stream[0] == EVALUATION
+        write = self.ranks.shared(self.engine.write) if shared else self.engine.write
+        with stops.agreed():
+            if self.engine_behind:
+                with self.meter.phase("sync"):
+                    self.engine.follow(self.state.global_step)
+                self.engine_behind = False
+            with self.meter.phase("rollout"):
+                written = write(ids, sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)
@@ -246,41 +286,9 @@ class OPSDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter holds to the metrics of a training step."""
         if "loss" in logs:
-            logs |= self.meter.read() | self.pieces.metrics(self.state.global_step)
+            logs |= self.meter.read() | self.agreement.metrics()
+            logs |= self.pieces.metrics(self.state.global_step)
         super().log(logs, start_time)
-
-    def evaluate(  # type: ignore[override]
-        self,
-        eval_dataset: Sequence[Prompt] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Greedy and sampled accuracy of the student, with their 95 % intervals."""
-        prompts = self.held_out if eval_dataset is None else eval_dataset
-        evaluate.require_answers(prompts)
-        start = time.perf_counter()
-        sampled = dataclasses.replace(self.sampling, batch_size=self.config.per_device_eval_batch_size)
-        greedy = dataclasses.replace(sampled, temperature=0.0)
-        metrics: dict[str, float] = {}
-        for name, drawn in (("greedy", greedy), ("sampled", sampled)):
-            found = self._accuracy(prompts, drawn)
-            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in found.items()}  # type: ignore[misc]
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _accuracy(self, prompts: Sequence[Prompt], sampling: Sampling) -> Accuracy:
-        rollouts = self.roll_out(prompts, sampling, (EVALUATION, self.state.global_step))
-        return evaluate.accuracy(rollouts, self.tokenizer, evaluate.MATCHES[self.config.eval_match])
-
-    def _validate(self) -> float:
-        """Greedy accuracy on the rows held back."""
-        greedy = dataclasses.replace(self.sampling, temperature=0.0)
-        self.engine_behind = True  # the search moves the weights between steps
-        found = self._accuracy(self.validation, greedy)["accuracy"]
-        self.engine_behind = True
-        return found
 
     def train(
         self,
@@ -302,5 +310,5 @@ class OPSDTrainer(Trainer):
         if checkpoint is not None:
             self.teacher.load(checkpoint)
             self.pieces.load(checkpoint)
-        self.meter = Meter(self.args.device)
+        self.meter = Meter(self.args.device, self.config.max_completion_length, self.ranks.total)
         return super().train(checkpoint, trial, ignore_keys_for_eval)

@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train import generated
 from opsd_train.evaluate import MATCHES
-from opsd_train.prompts import Prompt
+from opsd_train.prompts import Prompt, decode
+from opsd_train.rollouts import Rollout
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,23 @@ class Verifier:
     needs_answer: bool = False
 
     @classmethod
-    def named(cls, name: str) -> "Verifier":
-        """`exact`, `number`, `math`, or the function at an import path `package.module:function`.
+    def named(cls, name: str, option: str = "verifier") -> "Verifier":
+        """`exact`, `number`, `math`, `reasoning_gym`, or the function at a path `package.module:function`.
 
-        Raises ValueError for any other name and for a path at which there is no function.
+        `reasoning_gym` is the score of the package that generated the row.
+
+        Raises ValueError naming the option for any other name and for a path at which there is no function.
         """
         if name in MATCHES:
             return cls(name, MATCHES[name], needs_answer=True)
+        if name == "reasoning_gym":
+            return cls(name, generated.score)
         if ":" not in name:
             raise ValueError(
-                f"verifier: expected one of {', '.join(MATCHES)}, or package.module:function; got {name!r}"
+                f"{option}: expected one of {', '.join(MATCHES)}, reasoning_gym, or package.module:function; "
+                f"got {name!r}"
             )
-        return cls(name, imported("verifier", name))
+        return cls(name, imported(option, name))
 
     def rewards(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """The reward of each completion of its prompt.
@@ -47,6 +56,23 @@ class Verifier:
         or returns anything but a number in [0, 1].
         """
         return [self._reward(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+
+    def judge(self, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+        """Whether each completion's text is right: its reward is at least 1/2."""
+        texts = [decode(tokenizer, rollout.completion, skip_special_tokens=True) for rollout in rollouts]
+        return [reward >= 0.5 for reward in self.rewards(texts, [rollout.prompt for rollout in rollouts])]
+
+    def knows(self, prompt: Prompt) -> bool:
+        """Whether completions of the prompt can be judged."""
+        return not self.needs_answer or bool((prompt.answer or "").strip())
+
+    def require(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError naming the first row that an evaluation could not judge."""
+        for prompt in prompts:
+            if not self.knows(prompt):
+                raise ValueError(
+                    f"{prompt.where}: expected an `answer` (or a `solution`) to evaluate against, got none"
+                )
 
     def _reward(self, completion: str, prompt: Prompt) -> float:
         if self.needs_answer and prompt.answer is None:

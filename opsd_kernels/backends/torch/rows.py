@@ -22,7 +22,7 @@ DEFAULT_BLOCK_BYTES = 64 << 20
 def row_loss(z_s: Tensor, z_t: Tensor, objective: Objective) -> RowStatistics:
     """Statistics of the rows of `z_s` and `z_t` `[C, V]`, which are left as they are."""
     parts = []
-    for rows in _blocks(z_s):
+    for rows in blocks(z_s):
         student, teacher = Softmax(z_s[rows]), Softmax(z_t[rows])
         entries = Entries(student, teacher, objective)
         loss, scale = _token_loss(entries)
@@ -47,12 +47,12 @@ def row_gradient_(
         `[C]` losses, without the coefficient, and `[C, V]` `coefficient * dL/dz_s` in the memory of `z_t`.
     """
     losses, dz = [], form.over(z_t)
-    for rows in _blocks(z_s):
+    for rows in blocks(z_s):
         entries = Entries(Softmax(z_s[rows]), Softmax(z_t[rows]), objective)
         loss, scale = _token_loss(entries)
         losses.append(loss)
         gradient = _gradient(entries, entries.weight.sum(-1))
-        _write(dz[rows], gradient, scale * coefficient[rows], z_s[rows], form)
+        write_(dz[rows], gradient, scale * coefficient[rows], z_s[rows], form)
     return torch.cat(losses), dz
 
 
@@ -66,11 +66,11 @@ def slab_gradient_(
 ) -> Tensor:
     """As `row_gradient_` for some columns of the rows: `[n, slab]` logits, `[n]` statistics of whole rows."""
     dz = form.over(z_t)
-    for rows in _blocks(z_s):
+    for rows in blocks(z_s):
         student = Softmax(z_s[rows], statistics.top_s[rows], statistics.sum_s[rows])
         teacher = Softmax(z_t[rows], statistics.top_t[rows], statistics.sum_t[rows])
         gradient = _gradient(Entries(student, teacher, objective), statistics.total[rows])
-        _write(dz[rows], gradient, statistics.scale[rows] * coefficient[rows], z_s[rows], form)
+        write_(dz[rows], gradient, statistics.scale[rows] * coefficient[rows], z_s[rows], form)
     return dz
 
 
@@ -79,7 +79,7 @@ def normalisers(z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     found: list[Tensor] = []
     for z in (z_s, z_t):
         tops, sums = [], []
-        for rows in _blocks(z):
+        for rows in blocks(z):
             top = z[rows].amax(-1)
             anchor = torch.where(top == -torch.inf, 0.0, top)
             tops.append(top)
@@ -104,16 +104,16 @@ def softmax_gradient_(
     """
     dz = form.over(z_t)
     top, log_sum = (torch.where(top == -torch.inf, 0.0, x) for x in (top, log_sum))
-    for rows in _blocks(z_s):
+    for rows in blocks(z_s):
         p = (z_s[rows] - top[rows, None]).sub_(log_sum[rows, None]).exp_()
-        _write(dz[rows], p, coefficient[rows], z_s[rows], form)
+        write_(dz[rows], p, coefficient[rows], z_s[rows], form)
     return dz
 
 
 def live_columns(dz: Tensor, bound: Tensor) -> Tensor:
     """`[V]` bool: columns of `dz` `[C, V]` in which some row's |dz| is not at most its `bound` `[C]`."""
     live = torch.zeros(dz.shape[1], dtype=torch.bool, device=dz.device)
-    for rows in _blocks(dz):
+    for rows in blocks(dz):
         live |= ~(dz[rows].abs() <= bound[rows, None]).all(0)
     return live
 
@@ -121,7 +121,7 @@ def live_columns(dz: Tensor, bound: Tensor) -> Tensor:
 def row_stats(z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor) -> dict[str, Tensor]:
     """`[C]` values of the fields of `TokenStats`; `token_ids` is `[C]`."""
     parts = []
-    for rows in _blocks(z_s):
+    for rows in blocks(z_s):
         student, teacher = Softmax(z_s[rows]), Softmax(z_t[rows])
         divergences = ("forward_kl", "reverse_kl", "jsd")
         part = {name: _token_loss(Entries(student, teacher, Objective(name)))[0] for name in divergences}
@@ -136,8 +136,9 @@ def row_stats(z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _blocks(z: Tensor) -> Iterator[slice]:
-    row_bytes = z.shape[1] * max(z.element_size(), 4)
+def blocks(z: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `z` `[C, V]` whose temporaries fit the cache; V may be 0, of a shard."""
+    row_bytes = max(z.shape[1], 1) * max(z.element_size(), 4)
     rows = max(1, BLOCK_BYTES.get(z.device.type, DEFAULT_BLOCK_BYTES) // row_bytes)
     # No rows at all are one empty block, so that there is something to concatenate.
     for start in range(0, max(z.shape[0], 1), rows):
@@ -149,7 +150,7 @@ def _gradient(entries: Entries, total: Tensor) -> Tensor:
     return torch.addcmul(entries.weight, entries.s, total[:, None], value=-1)
 
 
-def _write(out: Tensor, gradient: Tensor, scale: Tensor, z_s: Tensor, form: GradientForm) -> None:
+def write_(out: Tensor, gradient: Tensor, scale: Tensor, z_s: Tensor, form: GradientForm) -> None:
     """scale * gradient through the soft-cap's slope, rounded to the wanted dtype."""
     if form.cap is not None:
         gradient.addcmul_(gradient, (z_s / form.cap).square_(), value=-1)

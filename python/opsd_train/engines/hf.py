@@ -7,6 +7,7 @@ import torch
 from opsd_train.backbone import causal_lm
 from opsd_train.engines.base import Completion, Engine
 from opsd_train.rollouts import Sampling, Vocabulary, generate
+from opsd_train.sharding import is_sharded, through
 
 
 class HFEngine(Engine):
@@ -25,8 +26,18 @@ class HFEngine(Engine):
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
     ) -> list[Completion]:
         """A function of the weights, the prompts, `sampling` and `seed`."""
-        written = generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed)
+        if not is_sharded(self.student):
+            written = generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed)
+        else:  # all processes make every pass, those that are done too, until the last one is
+            written = through(
+                [(self.student, self.student)], lambda: self._synchronised(prompts, sampling, seed)
+            )
         return [Completion(tokens, version=self.version) for tokens in written]
+
+    def _synchronised(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        return generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed, synced=True)
 
     def follow(self, version: int) -> None:
         """The weights are here already."""

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from opsd_train.backbone import causal_lm
@@ -40,6 +41,14 @@ def weights_of(student: torch.nn.Module) -> Iterator[Named]:
     # Some checkpoints hold another layout than the model (experts apart, say), but never across layers.
     for _, layer in itertools.groupby(named, key=lambda pair: _layer(pair[0])):
         yield from revert_weight_conversion(model, dict(layer)).items()
+
+
+def tied_head(model: PreTrainedModel) -> str | None:
+    """Name of the head's weight if it is the embedding's, which `weights_of` therefore leaves out."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return None
+    head = model.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,9 +106,10 @@ def _tensors(model: torch.nn.Module) -> Iterator[Named]:
 def _modules(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every module with its name and a dot; what PEFT put around one counts as that one."""
     if isinstance(module, ModulesToSaveWrapper):
-        active = module.active_adapters[0]
-        saved = module.modules_to_save
-        yield from _modules(saved[active] if active in saved else module.original_module, prefix)
+        saved = [
+            module.modules_to_save[name] for name in module.active_adapters if name in module.modules_to_save
+        ]
+        yield from _modules(saved[0] if saved else module.original_module, prefix)
         return
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not (
         isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and not module.lora_variant
@@ -125,17 +135,22 @@ def _merged(layer: LoraLayer, name: str) -> Iterator[Named]:
                 merged = merged + whole(layer.get_delta_weight(adapter)).float()  # type: ignore[attr-defined]
             yield key, merged.to(parameter.dtype)
         elif key == "bias" and any(layer.lora_bias.get(adapter) for adapter in adapters):
-            raise ValueError(f"rollouts: expected LoRA without a bias of its own, got lora_bias at {name[:-1]}")
+            raise ValueError(
+                f"rollouts: expected LoRA without a bias of its own, got lora_bias at {name[:-1]}"
+            )
         else:
             yield key, parameter
 
 
-def _require_tied(model: torch.nn.Module) -> None:
+def _require_tied(model: PreTrainedModel) -> None:
     """A head that the configuration calls tied is not loaded by anyone: it has to be the embedding."""
-    if not model.config.get_text_config().tie_word_embeddings:  # type: ignore[operator, union-attr]
+    if not model.config.get_text_config().tie_word_embeddings:
         return
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(embedding, BaseTunerLayer | AuxiliaryTrainingWrapper) or head.weight is not embedding.weight:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if (
+        isinstance(embedding, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        or head.weight is not embedding.weight
+    ):
         raise ValueError(
             "model: expected a tied head to share the embedding's weight, but one of them has weights of its "
             "own; leave embed_tokens and lm_head out of target_modules and modules_to_save"
