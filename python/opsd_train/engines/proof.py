@@ -107,4 +107,4 @@ class Proof:
 
 def _digest(tensor: torch.Tensor) -> str:
     """As the server computes it."""
-    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
