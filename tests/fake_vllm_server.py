@@ -29,8 +29,8 @@ class FakeServer:
     `fault` names what goes wrong from now on:
     `die` (connections are cut in the middle), `hang` (no route answers), `silent` (only /health does),
     `error` (500 for rollouts), `half` (a transfer leaves out the last half of the tensors), `stale` (it
-    leaves out all of them), `restarted` (the version is forgotten), `mixed` (rollouts say another version), `short` (a
-    log-prob is missing), `late` (a completion goes on behind its end).
+    leaves out all of them), `restarted` (the version is forgotten), `mixed` (rollouts say another version),
+    `short` (a log-prob is missing), `late` (a completion goes on behind its end).
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, port: int = 0, **says: Any) -> None:

@@ -8,12 +8,13 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
-from opsd_train import prompts, teachers
+from opsd_train import prompts
 from opsd_train.engines.config import EngineConfig
 from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
 from opsd_train.served_config import ServedConfig
+from opsd_train.teacher_rule import TeacherRule
 from opsd_train.thinking_config import ThinkingConfig
 from opsd_train.watch_config import WatchConfig
 
@@ -192,9 +193,9 @@ class OPSDConfig(
         given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
         return self.over_known(dataclasses.replace(named[self.objective], **given))
 
-    def to_teacher(self) -> teachers.TeacherRule:
+    def to_teacher(self) -> TeacherRule:
         """Which weights teach."""
-        return teachers.TeacherRule(
+        return TeacherRule(
             self.teacher,
             self.ema_decay,
             self.teacher_every,

@@ -33,9 +33,9 @@ class ServerClient:
             raise ValueError(f"vllm_url: expected http://host:port, got {url!r}")
         self.url, self.stall, self.timeout = url.rstrip("/"), stall, timeout
 
-    def get(self, path: str) -> Any:
-        """The JSON that the server answers at once; None for an empty answer."""
-        return self._ask("GET", path, None, self.stall)
+    def get(self, path: str, seconds: float | None = None) -> Any:
+        """The JSON that the server answers within `stall` or so many seconds; None for an empty answer."""
+        return self._ask("GET", path, None, seconds or self.stall)
 
     def post(self, path: str, body: Any = None) -> Any:
         """The JSON that the server answers when it has done it; it has to stay healthy until then."""

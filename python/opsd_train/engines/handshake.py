@@ -68,7 +68,8 @@ def read_server(client: ServerClient) -> tuple[ServedModel, dict[str, Any]]:
     """What a server serves, and its configuration; ValueError if a route that is needed is not there."""
     base = _base_model(client)
     try:
-        config = client.get("/server_info?config_format=json")["vllm_config"]
+        # The first time, the server looks at all of its environment.
+        config = client.get("/server_info?config_format=json", client.timeout)["vllm_config"]
     except StatusError as error:
         raise ValueError(
             f"vllm_url: expected a server that was started with VLLM_SERVER_DEV_MODE=1 at {client.url}, on a "

@@ -29,7 +29,8 @@ class Proof:
 
     def __init__(self, client: ServerClient, served: ServedModel, checksums: bool = True) -> None:
         self.client, self.served, self.checksums = client, served, checksums
-        self.compared: frozenset[str] | None = None
+        self.compared: frozenset[str] | None = None  # as the server names them
+        self.names: frozenset[str] = frozenset()  # as the trainer does
         self.difference = 0.0
 
     def await_tag(self, tag: str, seconds: float) -> None:
@@ -57,8 +58,9 @@ class Proof:
 
     def _compare_bits(self, sync: Sync) -> None:
         ours = {
-            name: _digest(tensor.to(self.served.dtype)) if sync.is_main else ""
-            for name, tensor in sync.weights()
+            name: _digest(tensor.to(self.served.dtype))
+            for name, tensor in sync.weights()  # on every rank, since sharded weights are gathered
+            if sync.is_main and (self.compared is None or name in self.names)
         }
         if not sync.is_main:
             return
@@ -68,6 +70,7 @@ class Proof:
         equal = frozenset(key for key, name in theirs.items() if ours.get(name) == found[key])
         if self.compared is None:
             self.compared = equal
+            self.names = frozenset(theirs[key] for key in equal)
             if not equal:
                 raise EngineError(
                     f"vLLM server at {self.client.url}: none of its {len(found)} tensors has the bits of the "
@@ -107,4 +110,4 @@ class Proof:
 
 def _digest(tensor: torch.Tensor) -> str:
     """As the server computes it."""
-    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

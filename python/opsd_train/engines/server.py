@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.backbone import causal_lm
@@ -178,7 +178,7 @@ def make_server_engine(
         elif config.vllm_start:
             client.wait(config.vllm_start_seconds)
         elif (ill := client.healthy(client.stall)) is not None:
-            by_hand = _launch(config, student, causal_lm(student).name_or_path)
+            by_hand = _launch(config, student, str(causal_lm(student).name_or_path))
             raise EngineError(f"vllm_url: {ill}; start a server with\n{by_hand}\nor ask for vllm_start")
         served = look_at(client, tokenizer, config.vllm_sync)
         if config.vllm_sync != "lora" and is_tied(student):
@@ -205,7 +205,7 @@ def _start(
     """A server of the student as it is; None on other ranks than the first."""
     if is_main and client.healthy(2.0) is None:
         raise ValueError(f"vllm_url: expected nothing at {client.url} for vllm_start, but a server is there")
-    model = causal_lm(student).name_or_path
+    model = str(causal_lm(student).name_or_path)
     if config.vllm_sync != "lora":
         write_checkpoint(student, tokenizer, folder / "start", is_main)
         model = str(folder / "start")
@@ -225,9 +225,8 @@ def _make_sync(
 
 def _launch(config: ServerConfig, student: torch.nn.Module, model: str) -> Launch:
     """How a server of this student is started."""
-    rank = 0
-    if isinstance(student, PeftModel):
-        rank = student.peft_config[student.active_adapter].r  # type: ignore[union-attr]
+    adapters = student.peft_config[student.active_adapter] if isinstance(student, PeftModel) else None
+    rank = adapters.r if isinstance(adapters, LoraConfig) else 0
     return Launch(
         url=config.vllm_url,
         model=model,

@@ -111,9 +111,7 @@ class LoraSync(Sync):
             raise ValueError("vllm_sync: expected a student with LoRA adapters for 'lora'; got one without")
         config = student.peft_config[student.active_adapter]
         if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
-            raise ValueError(
-                "vllm_sync: expected plain LoRA for 'lora'; got another kind of adapter, use_dora or modules_to_save"
-            )
+            raise ValueError("vllm_sync: expected plain LoRA for 'lora'; got DoRA, modules_to_save or others")
         self.peft, self.folder = student, folder
         self.last: str | None = None
 
