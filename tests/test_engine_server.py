@@ -30,7 +30,7 @@ def server():
 
 
 def make(server, tmp_path, student, **settings):
-    given = {"vllm_url": server.url, "vllm_stall_seconds": STALL, "vllm_call_seconds": 20.0}
+    given = {"vllm_url": server.url, "rollout_stall_seconds": STALL, "vllm_call_seconds": 20.0}
     config = tiny_config(tmp_path, rollouts="vllm-server", **(given | settings))
     return make_server_engine(config, student, TOKENIZER, Vocabulary.of(student, TOKENIZER))
 
@@ -257,7 +257,7 @@ def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(ser
     ("settings", "message"),
     [
         ({"vllm_sync": "ipc"}, "vllm_sync: expected one of disk, nccl, lora"),
-        ({"vllm_stall_seconds": 0}, "vllm_stall_seconds: expected"),
+        ({"rollout_stall_seconds": 0}, "rollout_stall_seconds: expected"),
         ({"vllm_concurrency": 0}, "vllm_concurrency: expected at least 1"),
         ({"vllm_server_args": "--x"}, "vllm_server_args: expected nothing without vllm_start"),
         ({"vllm_master": "host"}, "vllm_master: expected host:port"),
@@ -311,7 +311,7 @@ def gone(what: str, seconds: float) -> bool:
 
 def start(package, tmp_path):
     config = tiny_config(
-        tmp_path, rollouts="vllm-server", vllm_start=True, vllm_url=package, vllm_stall_seconds=STALL
+        tmp_path, rollouts="vllm-server", vllm_start=True, vllm_url=package, rollout_stall_seconds=STALL
     )
     student = tiny_model()
     return make_server_engine(config, student, TOKENIZER, Vocabulary.of(student, TOKENIZER)), student

@@ -25,7 +25,7 @@ def make(server, tmp_path, **settings):
         "teacher": "served",
         "teacher_url": server.url,
         "teacher_served_top_k": 5,
-        "vllm_stall_seconds": 3.0,
+        "rollout_stall_seconds": 3.0,
     }
     return tiny_trainer(tmp_path, **(given | settings))
 

@@ -166,7 +166,7 @@ class OPSDConfig(
         if self.deepspeed_plugin is not None and self.save_strategy != SaveStrategy.NO:
             raise ValueError(
                 "save_strategy: expected 'no' with DeepSpeed, whose optimizer state is in pieces of its own; "
-                f"got {self.save_strategy.value!r}"
+                f"got {SaveStrategy(self.save_strategy).value!r}"
             )
         if self.world_size == 1:
             return

@@ -36,7 +36,7 @@ def effective_weights(student: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
                 raise ValueError(
                     "teacher: expected one that copies no weights for a model with DoRA, say 'live'"
                 )
-            with gathered(module.parameters()):
+            with gathered(module.parameters()):  # type: ignore[attr-defined]
                 weight: torch.Tensor = module.get_base_layer().weight.data  # type: ignore[assignment]
                 for delta in _deltas(module):
                     weight = weight + delta.to(weight.dtype)

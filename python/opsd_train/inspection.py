@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 import opsd_kernels
-from opsd_kernels import Hidden, LogLinear
+from opsd_kernels import Hidden, LogLinear, TopK
 from opsd_train.backbone import logits
 from opsd_train.examined import EVALUATION
 from opsd_train.prompts import Prompt, decode
@@ -36,6 +36,7 @@ def _record(trainer: OPSDTrainer, rollout: Rollout) -> RolloutRecord:
         temperature=trainer.config.loss_temperature,
         objective=trainer.objective,
     )
+    assert not isinstance(teacher, TopK)  # see `look`
     top_ids, top_probs = _most_likely(teacher, trainer.config.loss_temperature)
     judged = trainer.judge.knows(rollout.prompt)
     return RolloutRecord(

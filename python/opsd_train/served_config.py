@@ -81,7 +81,7 @@ class ServedConfig:
             return None
         own = objective.support
         count = self.teacher_served_top_k if own is None or own.k is None else own.k
-        stall = getattr(self, "vllm_stall_seconds", 30.0)
+        stall = getattr(self, "rollout_stall_seconds", 30.0)
         longest = getattr(self, "vllm_call_seconds", 600.0)
         return ServedRule(
             self.teacher_url, count, self.teacher_scores, self.teacher_concurrency, stall, longest

@@ -224,7 +224,7 @@ def _replaced(module: Module) -> Iterator[Callable[[Callable[..., Any] | None], 
 
     def replace(forward: Callable[..., Any] | None) -> None:
         if forward is not None or own is not None:
-            module.forward = forward or own  # type: ignore[method-assign]
+            module.forward = forward or own  # type: ignore[assignment]
         else:
             module.__dict__.pop("forward", None)
 

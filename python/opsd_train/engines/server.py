@@ -1,5 +1,6 @@
 """Rollouts by a vLLM server that runs beside the trainer, or on other machines."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,15 +169,15 @@ def make_server_engine(
         ValueError: what is asked for cannot be done with this student or this server.
         EngineError: the server is not there.
     """
-    client = ServerClient(config.vllm_url, config.vllm_stall_seconds, config.vllm_call_seconds)
+    client = ServerClient(config.vllm_url, config.rollout_stall_seconds, config.vllm_call_seconds)
     folder = Path(config.vllm_sync_dir or Path(getattr(config, "output_dir", None) or ".") / "vllm-sync")
     sync = _make_sync(config, client, student, folder, is_main)
     child = _start(config, client, student, tokenizer, folder, is_main) if config.vllm_start else None
     try:
         if child is not None:
-            child.wait(client, config.vllm_start_seconds)
+            child.wait(client, config.rollout_start_seconds)
         elif config.vllm_start:
-            client.wait(config.vllm_start_seconds)
+            client.wait(config.rollout_start_seconds)
         elif (ill := client.healthy(client.stall)) is not None:
             by_hand = _launch(config, student, str(causal_lm(student).name_or_path))
             raise EngineError(f"vllm_url: {ill}; start a server with\n{by_hand}\nor ask for vllm_start")
@@ -232,7 +233,7 @@ def _launch(config: ServerConfig, student: torch.nn.Module, model: str) -> Launc
         model=model,
         sync=config.vllm_sync,
         arguments=config.vllm_server_args,
-        python=config.vllm_python,
+        python=config.vllm_python or sys.executable,
         log=Path(getattr(config, "output_dir", None) or ".") / "vllm-server.log",
         rank=rank,
     )

@@ -1,7 +1,6 @@
 """The part of a run's configuration that concerns rollouts by a vLLM server."""
 
 import hashlib
-import sys
 from dataclasses import dataclass
 
 from opsd_train.method_config import option
@@ -20,10 +19,9 @@ class ServerConfig:
     vllm_server_args: str = option(
         "", 'Further arguments of the server that vllm_start starts, say "--dtype float32 --enforce-eager".'
     )
-    vllm_python: str = option(
-        sys.executable, "The interpreter of the server that vllm_start starts; vLLM is installed in it."
+    vllm_python: str | None = option(
+        None, "The interpreter of the server that vllm_start starts, with vLLM installed; None is this one."
     )
-    vllm_start_seconds: float = option(600.0, "The server has to be healthy after so many seconds.")
     vllm_sync: str = option(
         "disk",
         "How a vLLM server gets the weights: `disk` (safetensors in vllm_sync_dir, works on any device), "
@@ -33,9 +31,6 @@ class ServerConfig:
         None,
         "Folder that run and server see under the same path, say in /dev/shm on one machine; None is "
         "vllm-sync in output_dir.",
-    )
-    vllm_stall_seconds: float = option(
-        30.0, "A server that is silent for so long has stalled, and ends the run."
     )
     vllm_call_seconds: float = option(
         600.0,
@@ -53,9 +48,10 @@ class ServerConfig:
         """ValueError for an option that is out of range."""
         if self.vllm_sync not in SYNCS:
             raise ValueError(f"vllm_sync: expected one of {', '.join(SYNCS)}; got {self.vllm_sync!r}")
-        for name in ("vllm_start_seconds", "vllm_stall_seconds", "vllm_call_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number of seconds above 0, got {getattr(self, name)}")
+        if not self.vllm_call_seconds > 0:
+            raise ValueError(
+                f"vllm_call_seconds: expected a number of seconds above 0, got {self.vllm_call_seconds}"
+            )
         if self.vllm_concurrency < 1:
             raise ValueError(f"vllm_concurrency: expected at least 1, got {self.vllm_concurrency}")
         if self.vllm_server_args and not self.vllm_start:
