@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.backbone import causal_lm
+from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine, EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.handshake import GENERATE, ServedModel, check_sampled, keeps_own_head, look_at
 from opsd_train.engines.launch import ChildServer, Launch
 from opsd_train.engines.nccl import NcclSync
 from opsd_train.engines.proof import Proof
-from opsd_train.engines.server_config import ServerConfig
 from opsd_train.engines.sync import DiskSync, LoraSync, Sync, is_tied, write_checkpoint
 from opsd_train.rollouts import Sampling, Vocabulary
 
@@ -157,7 +157,7 @@ class Settings:
 
 
 def make_server_engine(
-    config: ServerConfig,
+    config: OPSDConfig,
     student: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
@@ -170,7 +170,7 @@ def make_server_engine(
         EngineError: the server is not there.
     """
     client = ServerClient(config.vllm_url, config.rollout_stall_seconds, config.vllm_call_seconds)
-    folder = Path(config.vllm_sync_dir or Path(getattr(config, "output_dir", None) or ".") / "vllm-sync")
+    folder = Path(config.vllm_sync_dir or Path(config.output_dir or ".") / "vllm-sync")
     sync = _make_sync(config, client, student, folder, is_main)
     child = _start(config, client, student, tokenizer, folder, is_main) if config.vllm_start else None
     try:
@@ -196,7 +196,7 @@ def make_server_engine(
 
 
 def _start(
-    config: ServerConfig,
+    config: OPSDConfig,
     client: ServerClient,
     student: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -214,7 +214,7 @@ def _start(
 
 
 def _make_sync(
-    config: ServerConfig, client: ServerClient, student: torch.nn.Module, folder: Path, is_main: bool
+    config: OPSDConfig, client: ServerClient, student: torch.nn.Module, folder: Path, is_main: bool
 ) -> Sync:
     if config.vllm_sync == "lora":
         return LoraSync(client, student, folder, is_main)
@@ -224,7 +224,7 @@ def _make_sync(
     return DiskSync(client, student, folder, is_main)
 
 
-def _launch(config: ServerConfig, student: torch.nn.Module, model: str) -> Launch:
+def _launch(config: OPSDConfig, student: torch.nn.Module, model: str) -> Launch:
     """How a server of this student is started."""
     adapters = student.peft_config[student.active_adapter] if isinstance(student, PeftModel) else None
     rank = adapters.r if isinstance(adapters, LoraConfig) else 0
@@ -234,6 +234,6 @@ def _launch(config: ServerConfig, student: torch.nn.Module, model: str) -> Launc
         sync=config.vllm_sync,
         arguments=config.vllm_server_args,
         python=config.vllm_python or sys.executable,
-        log=Path(getattr(config, "output_dir", None) or ".") / "vllm-server.log",
+        log=Path(config.output_dir or ".") / "vllm-server.log",
         rank=rank,
     )
