@@ -1,5 +1,6 @@
 """The in-process vLLM engine on a fake package: what it asks for and in which order, and how it fails."""
 
+import math
 import os
 import random
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from fake_vllm import LOGPROB, Behaviour, die, fake_vllm, hang
+from opsd_train.engines import agreement
 from opsd_train.engines.base import Completion, EngineError
 from opsd_train.engines.vllm import VLLMEngine
 from opsd_train.rollouts import Sampling, Vocabulary
@@ -276,7 +278,10 @@ def test_a_missing_an_old_and_a_changed_package_are_refused(monkeypatch, tmp_pat
         engine(tmp_path)
 
 
-def test_the_trainer_sends_weights_after_every_step(behaviour: Behaviour, tmp_path: Path) -> None:
+def test_the_trainer_sends_weights_after_every_step(
+    behaviour: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "ALARM", math.inf)  # the fake's log-probs are none of a model
     trainer = tiny_trainer(tmp_path, rollouts="vllm", max_steps=2, vllm_sleep_level=0)
     behaviour.token = 4
     trainer.train()
