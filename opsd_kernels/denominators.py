@@ -1,6 +1,6 @@
 """What a recipe's terms are divided by over a whole batch, for calls that see a part of it each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,12 @@ from opsd_kernels.tokens import Batch, MissingInput
 from opsd_kernels.weights import NEVER_ZERO, weight
 
 
-def denominators(recipe: Recipe, mask: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def denominators(
+    recipe: Recipe,
+    mask: Tensor,
+    data: Mapping[str, Tensor],
+    total: Callable[[Tensor], Tensor] = lambda count: count,
+) -> dict[str, Tensor]:
     """Exact denominators of a batch for `loss(denominator=...)` of each of its parts.
 
     Those of the live `"tokens"`, of the `"sequences"`, and `"term k"` of each term that is divided by
@@ -23,9 +28,10 @@ def denominators(recipe: Recipe, mask: Tensor, data: Mapping[str, Tensor]) -> di
         recipe: what is minimised.
         mask: `[B, C]` bool of the whole batch.
         data: its columns, as in `loss(data=...)`.
+        total: sums a count over all processes, where each has a share of the batch's rows.
     """
     live = mask.sum(1)
-    found = {"tokens": live.sum().clamp(min=1), "sequences": (live > 0).sum().clamp(min=1)}
+    found = {"tokens": live.sum(), "sequences": (live > 0).sum()}
     batch = Batch(mask, rollout_data.check_data(data, mask.shape, mask.device))
     for index, term in enumerate(recipe.terms):
         if term.normaliser in ("tokens", "sequences"):
@@ -40,7 +46,7 @@ def denominators(recipe: Recipe, mask: Tensor, data: Mapping[str, Tensor]) -> di
         except MissingInput:
             continue
         found[f"term {index}"] = reductions.total(w, mask, term.normaliser)
-    return found
+    return {name: reductions.not_zero(total(count)) for name, count in found.items()}
 
 
 def _selecting(use: Weight) -> Weight | None:

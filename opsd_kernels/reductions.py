@@ -31,20 +31,20 @@ def divisor(
         return 1.0
     counted = _counted(weight, mask, normaliser)
     if normaliser in BY_SEQUENCE or reduction in ("sequence_mean", "sequences"):
-        each = _not_zero(counted.sum(1, keepdim=True))
+        each = not_zero(counted.sum(1, keepdim=True))
         return each if reduction == "sequences" else each * _count((counted.sum(1) != 0).sum(), denominator)
     if normaliser == "tokens" or exact:
         return _count(counted.sum(), denominator)
     live = mask.sum().clamp(min=1)
     # Of a part of a larger batch: its own mean counts by its share of the tokens.
-    return _not_zero(counted.sum()) * (_count(live, denominator) / live)
+    return not_zero(counted.sum()) * (_count(live, denominator) / live)
 
 
 def total(weight: Tensor, mask: Tensor, normaliser: str) -> Tensor:
-    """What the tokens of a whole batch are counted as: the exact denominator of each of its parts."""
+    """What tokens are counted as; those of a whole batch, unless 0, are the denominator of its parts."""
     counted = _counted(weight, mask, normaliser)
     found = (counted.sum(1) != 0).sum() if normaliser in BY_SEQUENCE else counted.sum()
-    return _not_zero(found.to(weight.dtype))
+    return found.to(weight.dtype)
 
 
 def _counted(weight: Tensor, mask: Tensor, normaliser: str) -> Tensor:
@@ -62,6 +62,6 @@ def _count(found: Tensor, denominator: Denominator) -> Tensor | float:
     return denominator.reshape(()).to(found.device) if isinstance(denominator, Tensor) else denominator
 
 
-def _not_zero(total: Tensor) -> Tensor:
+def not_zero(total: Tensor) -> Tensor:
     """Nothing is divided by 0 where there is nothing to divide."""
-    return torch.where(total == 0, 1.0, total)
+    return torch.where(total == 0, torch.ones_like(total), total)

@@ -1,4 +1,4 @@
-"""Two processes that train together on the CPU: a small linear model in DDP over gloo, one case after another.
+"""Two processes that train together on the CPU: a small linear model in DDP over gloo, case after case.
 
 python ranks.py '{"out": FOLDER, "cases": [CASE, ...]}'   in torchrun's environment (RANK, WORLD_SIZE, ...)
 """
@@ -25,9 +25,9 @@ TIMEOUT = 240
 def run_ranks(out: Path, cases: list[dict[str, Any]], code: int = 0) -> list[list[dict[str, Any]]]:
     """What each of two ranks found in each case; both have to end with the code.
 
-    A case has `steps`, and may have `parts` of a step, `bad` steps that are not finite on rank 1 (their `kind`
-    being loss or gradient), `signal_at` [step, part] or `dawdle_at` step (a rollout of a minute) at which
-    rank 1 alone gets a SIGTERM, and `resume`, a folder in `out`.
+    A case has `steps`, and may have `parts` of a step, `bad` steps that are not finite on rank 1 (their
+    `kind` being loss or gradient), `signal_at` [step, part] or `dawdle_at` step (a rollout of a minute) at
+    which rank 1 alone gets a SIGTERM, and `resume`, a folder in `out`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM, TrainerCallback, TrainerState
 
 from driver_tiny import tiny_model, tiny_trainer
 from opsd_train import checkpoints, folders
@@ -98,6 +100,27 @@ def test_losses_between_two_lines_of_the_log_are_kept(tmp_path: Path) -> None:
     steps = [one["loss"] for one in alone.state.log_history if "loss" in one]
     assert last[0] == pytest.approx(sum(steps) / 3, rel=1e-5)
     assert last[1] == pytest.approx(steps[2], rel=1e-5)  # of the steps of that call
+
+
+class CutOff(TrainerCallback):
+    """Ends a run between the two micro-batches of its third step."""
+
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_losses_of_a_step_that_was_cut_off_are_not_kept(tmp_path: Path) -> None:
+    settings = {**MATRIX["accumulation"], "teacher": "live", "max_steps": 3, "logging_steps": 3}
+    whole = go(tmp_path / "whole", **settings)
+    cut = tiny_trainer(tmp_path, tiny_model(), **{**settings, "save_strategy": "steps", "save_steps": 20})
+    cut.add_callback(CutOff())
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    cut._save_checkpoint(cut.model, None)
+    resumed = go(tmp_path / "resumed", tmp_path / "checkpoint-2", **settings)
+    losses = [[one["loss"] for one in run.state.log_history if "loss" in one] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
 
 
 def test_resuming_a_run_that_is_over_changes_nothing(tmp_path: Path) -> None:
@@ -336,3 +359,20 @@ def test_parameters_trained_beside_adapters_are_kept(tmp_path: Path) -> None:
     trained = {name: one for name, one in trainer.student.named_parameters() if one.requires_grad}
     assert all(torch.equal(one, trained[name]) for name, one in fresh.named_parameters() if one.requires_grad)
     assert (trained["base_model.model.model.norm.weight"] != 1).any()
+
+
+def test_shards_are_gathered_and_spread_again(tmp_path: Path) -> None:
+    """FSDP2 over two processes: weights and AdamW's state through a checkpoint's files, full and LoRA."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parent / "python"), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(here / "shard_worker.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"done-0", "done-1"} <= set(os.listdir(tmp_path))

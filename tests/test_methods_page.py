@@ -13,7 +13,7 @@ from opsd_kernels.methods.page import MODULES, page
 from opsd_kernels.recipes import Recipe
 from opsd_kernels.tokens import DATA
 from opsd_train.contexts import context
-from opsd_train.teachers import KINDS
+from opsd_train.teacher_rule import KINDS
 
 ROOT = Path(__file__).parent.parent
 MECHANICS = {

@@ -19,7 +19,8 @@ from opsd_kernels.sources import Hidden, Source, Teacher
 
 FIELDS = (
     "function", "objective", "temperature", "reduction", "denominator", "vocab_size",
-    "reduce_hidden", "token dimensions", "dtypes", "shape of the head", "requires_grad", "sources or workspace_bytes",
+    "reduce_hidden", "token dimensions", "dtypes", "shape of the head", "requires_grad",
+    "sources or workspace_bytes",
 )  # fmt: skip
 ROWWISE = ("mask", "rows", "token_weight", "token_ids")
 SOURCES = ("student", "teacher")
@@ -34,25 +35,35 @@ class Request:
     """What a rank is about to do.
 
     Args:
-        columns: of its slice of the head.
         fields: what has to be the same on every rank, by the names of `FIELDS`.
-        rowwise: what is said per token, the same on every rank where a token counts.
-        sources: student and teacher; their hidden states are compared at a few places.
+        numbers: the request as int64 numbers, as many for every request.
     """
 
-    columns: int
     fields: Mapping[str, Any]
-    rowwise: Rowwise
-    sources: Sequence[Source | Teacher]
+    numbers: Tensor
 
-    def numbers(self) -> Tensor:
-        """The request as int64 numbers, as many for every request."""
-        digests = [zlib.crc32(repr(self.fields[name]).encode()) for name in FIELDS]
-        live = _live(self.rowwise, self.sources[0].lead.numel())
-        given = [getattr(self.rowwise, name) for name in ROWWISE]
-        checksums = torch.stack([_checksum(x, live).to("cpu") for x in given])
-        probes = torch.cat([_probe(source, live) for source in self.sources]).cpu()
-        return torch.cat((torch.tensor([self.columns, *digests]), checksums, probes.view(torch.int64)))
+    @classmethod
+    def of(
+        cls,
+        columns: int,
+        fields: Mapping[str, Any],
+        rowwise: Rowwise,
+        sources: Sequence[Source | Teacher],
+    ) -> "Request":
+        """The request of a rank.
+
+        Args:
+            columns: of its slice of the head.
+            fields: as the class's.
+            rowwise: what is said per token, the same on every rank where a token counts.
+            sources: student and teacher; their hidden states are compared at a few places.
+        """
+        digests = [zlib.crc32(repr(fields[name]).encode()) for name in FIELDS]
+        live = _live(rowwise, sources[0].lead.numel())
+        checksums = torch.stack([_checksum(getattr(rowwise, name), live).cpu() for name in ROWWISE])
+        probes = torch.cat([_probe(source, live) for source in sources]).cpu()
+        numbers = torch.cat((torch.tensor([columns, *digests]), checksums, probes.view(torch.int64)))
+        return cls(fields, numbers)
 
 
 def agree(request: Request | Exception, group: dist.ProcessGroup) -> tuple[int, ...]:
@@ -68,7 +79,7 @@ def agree(request: Request | Exception, group: dist.ProcessGroup) -> tuple[int, 
     device = _device(group)
     failed = isinstance(request, Exception)
     length = 1 + len(FIELDS) + len(ROWWISE) + PROBE * len(SOURCES)
-    numbers = torch.zeros(length, dtype=torch.int64) if isinstance(request, Exception) else request.numbers()
+    numbers = torch.zeros(length, dtype=torch.int64) if isinstance(request, Exception) else request.numbers
     mine = torch.cat((torch.tensor([int(failed)]), numbers))
     failures, columns, *rest = gathered(mine.to(device), group).cpu().unbind(1)
     if failures.any():

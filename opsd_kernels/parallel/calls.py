@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsd_kernels import ops
+from opsd_kernels import ops, source_checks
 from opsd_kernels.call import Call
 from opsd_kernels.checks import check_ids
 from opsd_kernels.engine import packing
@@ -99,9 +99,10 @@ def _checked(
         given = asked.options(options)
         if asked.function == "token_logprobs":
             teacher = _constant(student, given)
-        sources = [_with_columns(_as_source(x, weight)) for x in (student, teacher)]
+        source_checks.check_weight_is_used([student, teacher], weight)
+        s, t = (_with_columns(_as_source(x, weight)) for x in (student, teacher))
         # Ids of the whole vocabulary and its size are checked when all ranks' columns are known.
-        call = Call.of(*sources, None, replace(given, token_ids=None, vocab_size=None))
+        call = Call.of(s, t, None, replace(given, token_ids=None, vocab_size=None))
         if needs_whole_rows(call.teacher):
             raise ValueError(
                 "teacher: expected Hidden, Logits, LogLinear or Routed of these for a sharded head; got "
@@ -132,14 +133,15 @@ def _request(asked: Asked, call: Call, columns: int) -> Request:
         "requires_grad": [x.requires_grad and torch.is_grad_enabled() for x in student.tensors],
         "sources or workspace_bytes": packing.pack(student, call.teacher, call.packed),
     }
-    return Request(columns, same, call.rowwise, (student, call.teacher))
+    return Request.of(columns, same, call.rowwise, (student, call.teacher))
 
 
 def _check_supported(options: LossOptions) -> None:
     """What needs whole rows, or a walk of its own, is refused by name."""
     objective = options.objective
     names = ", ".join(named_objectives())
-    if not isinstance(objective, Objective) and objective not in named_objectives():
+    named = isinstance(objective, str) and objective in named_objectives()
+    if not named and not isinstance(objective, Objective):
         raise ValueError(
             f"objective: expected an Objective or one of {names} for a sharded head; got {objective!r}: "
             "methods of several terms need a whole head"

@@ -72,7 +72,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return problem.scatter(row[0].to(problem.dtype))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ops.refuse_second_derivative()
         *student, rows, ids, row = ops.saved(ctx)
         source, _, options = packing.unpack(ctx.text, student, student)

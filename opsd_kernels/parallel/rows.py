@@ -2,8 +2,8 @@
 
 The engine calls them as it calls a backend's (`backends/torch` has the contracts). A chunk of rows costs two
 collectives, of 6 and 2 fp64 numbers a row: the maxima, their places and the sums of the exponentials, then
-the sums of the divergence's terms and weights. Each is a gather, and every rank adds up the same numbers in the same order:
-losses, statistics and everything that follows have the same bits on all of them.
+the sums of the divergence's terms and weights. Each is a gather, and every rank adds up the same numbers in
+the same order: losses, statistics and everything that follows have the same bits on all of them.
 """
 
 from dataclasses import dataclass

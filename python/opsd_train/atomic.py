@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,6 +20,7 @@ from opsd_train.json_files import dumps
 from opsd_train.pieces import Pieces
 from opsd_train.random_state import random_state, set_random_state
 from opsd_train.sampler import Repeated
+from opsd_train.sharding import is_sharded, state_of
 from opsd_train.student_files import load_student, write_student
 from opsd_train.teachers import Teacher
 from opsd_train.trees import load_tree, save_tree
@@ -46,12 +48,14 @@ class AtomicCheckpoints(Trainer):
     """
 
     config: OPSDConfig
+    tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
     pieces: Pieces
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         checkpoints.check_options(self.config)
         self._resumed: Path | None = None
+        self._before: tuple[int, torch.Tensor] | None = None  # step that began last, and the loss until then
         super().__init__(*args, **kwargs)
 
     # Writing
@@ -90,7 +94,7 @@ class AtomicCheckpoints(Trainer):
 
         def write() -> None:
             with folders.whole_folder(path) as temporary:
-                write_student(self._student(), self.processing_class, temporary, student)
+                write_student(self._student(), self.tokenizer, temporary, student)
 
         self._on_main(write)
 
@@ -103,9 +107,9 @@ class AtomicCheckpoints(Trainer):
         self, folder: Path, student: dict[str, torch.Tensor] | None, optimizer: dict[str, Any]
     ) -> None:
         """All that the main process knows."""
-        write_student(self._student(), self.processing_class, folder, student, own_names=True)
+        write_student(self._student(), self.tokenizer, folder, student, own_names=True)
         save_tree(optimizer, folder / OPTIMIZER)
-        save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+        save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER)  # type: ignore[union-attr]
         if self.accelerator.scaler is not None:
             save_tree(self.accelerator.scaler.state_dict(), folder / SCALER)
         self._note_callbacks()
@@ -122,12 +126,17 @@ class AtomicCheckpoints(Trainer):
 
     def _write_rank(self, folder: Path) -> None:
         """What each process has of its own: random numbers, and the loss since the last line of the log."""
+        cut_off = self._before is not None and self._before[0] == self.state.global_step
         own = {
             "random": random_state(),
-            "loss": self._tr_loss,
+            "loss": self._before[1] if self._before and cut_off else self._tr_loss,
             "last_logged": self._globalstep_last_logged,
         }
         save_tree(own, self._rank_files(folder))
+
+    def note_loss(self) -> None:
+        """A step begins: if it is cut off and the one before it saved, its own losses are not to be kept."""
+        self._before = self.state.global_step, self._tr_loss.clone()
 
     def _rank_files(self, folder: Path) -> Path:
         return folder / f"rank-{self.args.process_index:05d}"
@@ -137,16 +146,21 @@ class AtomicCheckpoints(Trainer):
 
     def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """The student's weights on the main process where it holds shards of them; None for its own."""
-        return optimizer_state.full_weights(self.model) if self.is_fsdp_enabled else None
+        if self.is_fsdp_enabled:
+            return optimizer_state.full_weights(self._student())
+        return state_of(self._student()) if is_sharded(self._student()) else None
 
     def _gathered_state(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """The weights, see `_gathered_weights`, and the optimizer's whole state; called by every process."""
         if self.is_fsdp_enabled:
-            return self._gathered_weights(), optimizer_state.full_state(self.model, self._plain_optimizer())
+            return self._gathered_weights(), optimizer_state.full_state(
+                self._student(), self._plain_optimizer()
+            )
         return None, self._plain_optimizer().state_dict()
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        found = self.optimizer
+        return found.optimizer if isinstance(found, AcceleratedOptimizer) else found  # type: ignore[return-value]
 
     def _note_callbacks(self) -> None:
         """Put what callbacks export into the state, as `transformers.Trainer` does."""
@@ -181,7 +195,7 @@ class AtomicCheckpoints(Trainer):
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if self.args.world_size > 1:
-            failed = self.accelerator.reduce(failed, "sum")  # type: ignore[assignment]
+            failed = self.accelerator.reduce(failed, "sum")
         if bool(failed):
             whole = ", ".join(one.name for one in checkpoints.complete(Path(self.args.output_dir or ".")))
             raise CheckpointError(
@@ -205,7 +219,7 @@ class AtomicCheckpoints(Trainer):
         folder = Path(resume_from_checkpoint)
         checkpoints.compare_position(folder, self.config, len(self.train_dataset))  # type: ignore[arg-type]
         if self.is_fsdp_enabled:
-            optimizer_state.set_full_weights(self.model, self._student(), folder)
+            optimizer_state.set_full_weights(self._student(), folder)
         else:
             load_student(self._student(), folder)
 
@@ -215,10 +229,10 @@ class AtomicCheckpoints(Trainer):
         self._resumed = Path(checkpoint)
         saved = load_tree(self._resumed / OPTIMIZER)
         if self.is_fsdp_enabled:
-            optimizer_state.set_full_state(self.model, self._plain_optimizer(), saved)
+            optimizer_state.set_full_state(self._student(), self._plain_optimizer(), saved)
         else:
             optimizer_state.set_state(self._plain_optimizer(), saved)
-        self.lr_scheduler.load_state_dict(load_tree(self._resumed / SCHEDULER))
+        self.lr_scheduler.load_state_dict(load_tree(self._resumed / SCHEDULER))  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:

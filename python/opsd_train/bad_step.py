@@ -17,7 +17,8 @@ class BadStep:
 
     `save` writes `rank-R.safetensors` with the tensors of every micro-batch, `0.input_ids` and so on, and
     `rank-R.json` with the losses of the micro-batches, the norm of the gradient (null is a number that is not
-    finite) and, for each row, where its prompt is from and the loss of the row on its own.
+    finite) and, for each row, where its prompt is from and the loss of the row on its own. Losses are as the
+    trainer computes them: in a run of several processes times their number.
 
     Args:
         step: counted from 1, so that the checkpoint before it is that of `step - 1`.

@@ -46,26 +46,22 @@ def _overview(found: Findings) -> Table:
 
 def _lengths(found: Findings, config: OPSDConfig, reader: Reader | None) -> Table:
     budgets = {
-        "student": ("the student's prompt", config.max_prompt_length, "max_prompt_length"),
-        "teacher": ("the teacher's prompt", config.max_teacher_prompt_length, "max_teacher_prompt_length"),
-        "solution": ("the solution", config.max_completion_length, "max_completion_length"),
+        "student": ("the student's prompt (max_prompt_length)", config.max_prompt_length),
+        "teacher": ("the teacher's prompt (max_teacher_prompt_length)", config.max_teacher_prompt_length),
+        "solution": ("the solution (max_completion_length)", config.max_completion_length),
     }
-    table = Table("tokens", *QUANTILES, "budget", "over it", title="lengths", title_justify="left")
-    for name, lengths in found.lengths.items():
-        if lengths:
-            label, budget, option = budgets[name]
-            over = sum(length > budget for length in lengths)
-            numbers = [f"{quantile(lengths, share):,}" for share in QUANTILES.values()]
-            table.add_row(label, *numbers, f"{budget:,} ({option})", f"{over:,}")
-    longest = max((*found.lengths["student"], *found.lengths["teacher"]), default=0)
+    table = Table("tokens", title="lengths", title_justify="left")
+    for name in (*QUANTILES, "budget", "over it"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = [(*budgets[name], lengths) for name, lengths in found.lengths.items() if lengths]
     if reader is not None and reader.positions is not None:
-        needed = longest + config.max_completion_length
-        label = "the longest prompt and a completion"
-        blank = [""] * (len(QUANTILES) - 1)
-        over_it = sum("positions" in reason for reason in found.refused)
-        table.add_row(
-            label, *blank, f"{needed:,}", f"{reader.positions:,} (the model's positions)", f"{over_it:,}"
-        )
+        prompts = zip(found.lengths["student"], found.lengths["teacher"], strict=True)
+        whole = [max(pair) + config.max_completion_length for pair in prompts]
+        shown.append(("the longer prompt and a completion (the model's positions)", reader.positions, whole))
+    for label, budget, lengths in shown:
+        numbers = [f"{quantile(lengths, share):,}" for share in QUANTILES.values()]
+        over = sum(length > budget for length in lengths)
+        table.add_row(label, *numbers, f"{budget:,}", f"{over:,}")
     return table
 
 

@@ -88,8 +88,11 @@ def checkpoint_of(
 
 
 def step_of(checkpoint: str | os.PathLike[str]) -> int:
-    """Optimizer steps behind a whole checkpoint."""
-    return int((folders.read_marker(Path(checkpoint)) or {})["step"])
+    """Optimizer steps behind a whole checkpoint; ValueError if its marker does not say."""
+    step = (folders.read_marker(Path(checkpoint)) or {}).get("step")
+    if not isinstance(step, int):
+        raise ValueError(f"resume_from_checkpoint: expected {folders.MARKER} with a step in {checkpoint}")
+    return step
 
 
 def sweep(run: Path) -> None:
@@ -154,6 +157,12 @@ class StepCallback(TrainerCallback):
 
     def __init__(self, trainer: "OPSDTrainer") -> None:
         self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where the step began."""
+        self.trainer.note_loss()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

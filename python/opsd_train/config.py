@@ -5,20 +5,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
-from opsd_train import prompts, teachers
+from opsd_train import prompts
 from opsd_train.engines.config import EngineConfig
 from opsd_train.method_config import MethodConfig, option
 from opsd_train.pieces_config import PiecesConfig
 from opsd_train.safety_config import SafetyConfig
+from opsd_train.served_config import ServedConfig
+from opsd_train.teacher_rule import TeacherRule
 from opsd_train.thinking_config import ThinkingConfig
 from opsd_train.watch_config import WatchConfig
 
 
 @dataclass
 class OPSDConfig(
-    EngineConfig, WatchConfig, SafetyConfig, ThinkingConfig, PiecesConfig, MethodConfig, TrainingArguments
+    EngineConfig,
+    ServedConfig,
+    WatchConfig,
+    SafetyConfig,
+    ThinkingConfig,
+    PiecesConfig,
+    MethodConfig,
+    TrainingArguments,
 ):
     """Arguments of `OPSDTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
@@ -50,8 +60,8 @@ class OPSDConfig(
         "initial",
         "Weights of the teacher: `initial` (adapters off, or a frozen copy), `live` (those of this step; it "
         "tends to collapse), `ema` (their moving average), `sync` (a copy of the student, renewed every "
-        "teacher_every steps), `trust_region` (a geometric mixture of `initial` and `live`) or `model` "
-        "(another model).",
+        "teacher_every steps), `trust_region` (a geometric mixture of `initial` and `live`), `model` "
+        "(another model) or `served` (a model behind a vLLM server, at teacher_url).",
     )
     ema_decay: float = option(
         0.98, "teacher = decay * teacher + (1 - decay) * student, every teacher_every optimizer steps."
@@ -128,6 +138,7 @@ class OPSDConfig(
         super().__post_init__()
         self.check_thinking()
         self.check_engine()
+        self.check_served()
         self.check_watch()
         self.check_safety()
         self.check_method()
@@ -152,19 +163,25 @@ class OPSDConfig(
                 f"args: expected one device per process, got {self.n_gpu} in one; start a process for each "
                 "(accelerate launch, torchrun), or make one of them visible (CUDA_VISIBLE_DEVICES=0)"
             )
+        if self.deepspeed_plugin is not None and self.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "save_strategy: expected 'no' with DeepSpeed, whose optimizer state is in pieces of its own; "
+                f"got {self.save_strategy.value!r}"
+            )
         if self.world_size == 1:
             return
         for name, alone in (("private", None), ("exposure", None), ("subnetwork", None), ("extrapolate", 0)):
             if (got := getattr(self, name)) != alone:
                 raise ValueError(
-                    f"{name}: expected {alone!r} with {self.world_size} processes, since it is for one; got {got!r}"
+                    f"{name}: expected {alone!r} with {self.world_size} processes, since it is for one; "
+                    f"got {got!r}"
                 )
         if self.torch_compile:
             raise ValueError(f"torch_compile: expected False with {self.world_size} processes; got True")
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
-                f"per_device_train_batch_size: expected a multiple of num_generations ({self.num_generations}) "
-                f"with {self.world_size} processes, so that no group is cut; got "
+                "per_device_train_batch_size: expected a multiple of num_generations "
+                f"({self.num_generations}) with {self.world_size} processes, so that no group is cut; got "
                 f"{self.per_device_train_batch_size}"
             )
 
@@ -174,17 +191,18 @@ class OPSDConfig(
         _one_of("objective", self.objective, tuple(named))
         settings = ("beta", "entry_clip", "clip_mode", "token_clip")
         given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
-        return dataclasses.replace(named[self.objective], **given)
+        return self.over_known(dataclasses.replace(named[self.objective], **given))
 
-    def to_teacher(self) -> teachers.TeacherRule:
+    def to_teacher(self) -> TeacherRule:
         """Which weights teach."""
-        return teachers.TeacherRule(
+        return TeacherRule(
             self.teacher,
             self.ema_decay,
             self.teacher_every,
             self.teacher_copy_every,
             self.teacher_share,
             self.teacher_model,
+            self.to_served(opsd_kernels.named_objectives()[self.objective]),
         )
 
     def to_templates(self) -> prompts.Templates:

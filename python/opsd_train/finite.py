@@ -61,11 +61,12 @@ class SkippedSteps(TrainerCallback, ExportableState):
     ) -> None:
         """Go on from the counts of the checkpoint, or from none."""
         name = type(self).__name__
-        held = state.stateful_callbacks.get(name) if state.global_step else None
+        states: Any = state.stateful_callbacks  # by name, once a run has begun
+        held = states.get(name) if state.global_step else None
         counts = held["attributes"] if isinstance(held, dict) else {"total": 0, "in_a_row": 0}
         self.total, self.in_a_row = counts["total"], counts["in_a_row"]
         self.now = self.bad = False
-        state.stateful_callbacks[name] = self.state()
+        states[name] = self.state()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,10 +155,11 @@ class FiniteSteps(Trainer):
         To accelerate it is then a micro-batch that others of its step follow, so that its optimizer does
         nothing, whatever kind it is, and one that overflowed, so that the trainer leaves the schedule alone.
         """
+        optimizer: Any = self.optimizer  # of accelerate
         if held:
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             self.accelerator.gradient_state._set_sync_gradients(False)
-        self.optimizer._is_overflow = held
+        optimizer._is_overflow = held
 
     def _anywhere(self, *flags: Tensor) -> list[bool]:
         """Whether a flag is set on any rank."""
@@ -204,5 +206,6 @@ class FiniteSteps(Trainer):
         with evaluating(model), self.compute_loss_context_manager():
             for i in range(rounds if rows else 0):
                 row = self._prepare_inputs(dict(rows[i % len(rows)]))
-                losses.append(float(self.compute_loss(model, row)))
+                loss: Any = self.compute_loss(model, row)
+                losses.append(float(loss))
         return losses[: len(rows)]

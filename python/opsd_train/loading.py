@@ -49,10 +49,10 @@ def load(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
     where = _where(model, gguf_file, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
         with _whole():
             found = AutoModelForCausalLM.from_pretrained(
-                model, dtype=DTYPES[dtype], use_safetensors=True, **where
+                model, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where
             )
     except (OSError, ValueError) as error:
         raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
@@ -77,8 +77,8 @@ def load_reader(model: str, gguf_file: str | None = None, revision: str | None =
     """Load what reads without weights: the tokenizer, and the configuration for its number of positions."""
     where = _where(model, gguf_file, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
-        config = AutoConfig.from_pretrained(model, **where)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **where)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: expected a tokenizer and a configuration at {model!r}; {error}") from error
     return Reader(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
@@ -90,7 +90,7 @@ def _where(model: str, gguf_file: str | None, revision: str | None) -> dict[str,
         raise ValueError(f"model: expected a local folder or a hub id, got {model!r}, which is neither")
     if gguf_file is not None and Path(model).is_dir() and not (Path(model) / gguf_file).is_file():
         raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
-    return {"gguf_file": gguf_file, "revision": revision or "main", "trust_remote_code": False}
+    return {"gguf_file": gguf_file, "revision": revision or "main"}
 
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -161,10 +161,15 @@ class MethodRun:
         length = batch["completion_mask"].shape[1]
         return batch | {f"data_{name}": _cut(column[part], length) for name, column in columns.items()}
 
-    def denominators(self, step: int, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the loss of every part of a step is divided by, as `count_` columns of its batch."""
+    def denominators(
+        self, step: int, whole: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """What the loss of every part of a step is divided by, as `count_` columns of its batch.
+
+        `total` sums over all processes, of whose rollouts `whole` has a share.
+        """
         data = {name.removeprefix("data_"): x for name, x in whole.items() if name.startswith("data_")}
-        found = denominators(self.recipe(step), counted(whole), data)
+        found = denominators(self.recipe(step), counted(whole), data, total)
         return {f"count_{name}": count for name, count in found.items()}
 
     def scored(

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from opsd_train.student_files import read_student
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+SPREAD = StateDictOptions(full_state_dict=True, strict=False)
 
 
 def set_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -55,12 +55,11 @@ def full_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return dict(get_optimizer_state_dict(model, optimizer, options=WHOLE))
 
 
-def set_full_weights(model: torch.nn.Module, student: torch.nn.Module, folder: Path) -> None:
+def set_full_weights(student: torch.nn.Module, folder: Path) -> None:
     """Spread the weights in a checkpoint over the shards of a model; called by every process."""
-    main = torch.distributed.get_rank() == 0
-    set_model_state_dict(model, read_student(student, folder) if main else {}, options=SPREAD)
+    set_model_state_dict(student, read_student(student, folder), options=SPREAD)  # type: ignore[arg-type]
 
 
 def set_full_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Spread what `full_state` returned over the shards; called by every process."""
-    set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(model, optimizer, saved, options=SPREAD)

@@ -12,7 +12,8 @@ from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.method import FROZEN, MethodRun
 from opsd_train.phases import Phase, untimed
 from opsd_train.rollouts import check_alignment
-from opsd_train.teachers import Teacher, TeacherRule, make_teacher
+from opsd_train.teacher_rule import TeacherRule
+from opsd_train.teachers import Teacher, make_teacher
 
 
 class Readers:

@@ -88,7 +88,7 @@ def generate(
     config = _generation_config(sampling, vocabulary)
     size = sampling.batch_size or len(prompts)
     completions: list[tuple[int, ...]] = []
-    with evaluating(model), _only(model, config), _seeded(model.device, seed):
+    with evaluating(model), _only(model, config), seeded(model.device, seed):
         for start in range(0, len(prompts), size):
             ids, mask = pad_left(prompts[start : start + size], vocabulary.pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
@@ -199,7 +199,7 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
+def seeded(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
     """`generate` draws from the global random state, so seed that, and put it back."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))

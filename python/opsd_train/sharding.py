@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 
@@ -18,7 +19,6 @@ from opsd_train.engines.base import Completion
 from opsd_train.rollouts import Sampling
 
 Result = TypeVar("Result")
-Batch = dict[str, Tensor]
 Write = Callable[[Sequence[Sequence[int]], Sampling, Sequence[int]], list[Completion]]
 
 
@@ -72,24 +72,8 @@ class Ranks:
         """Whether it is so in any process, the same answer in all."""
         return bool(self.total(torch.tensor(int(flag))))
 
-    def counted(self, batches: list[Batch], tokens: int) -> tuple[list[Batch], int]:
-        """The micro-batches of a step and its tokens, with what losses are divided by summed over all processes.
-
-        Denominators are the columns `count_*`, the same in each micro-batch, and at least 1 each, also where
-        there was nothing to count.
-        """
-        if self.count == 1:
-            return batches, tokens
-        empty = not any(bool(batch["counted"].any()) for batch in batches)
-        for name in [name for name in batches[0] if name.startswith("count_")]:
-            own = batches[0][name]
-            found = self.total(torch.zeros_like(own) if empty else own)
-            for batch in batches:
-                batch[name] = torch.where(found == 0, torch.ones_like(found), found)
-        return batches, int(self.total(torch.tensor(tokens)))
-
     def seeded(self, seed: tuple[int, ...]) -> tuple[int, ...]:
-        """The seed of this process's draws: every process has its own stream, the first that of a run alone."""
+        """The seed of this process's draws: each has its own stream, the first that of a run alone."""
         return (*seed, self.index) if self.index else seed
 
     def shared(self, write: Write) -> Write:
@@ -128,7 +112,7 @@ class Ranks:
         return self.inside(wrapper, lambda: run() * self.count if self.count > 1 else run())
 
     def inside(self, wrapper: Module, run: Callable[[], Result]) -> Result:
-        """What `run` returns, called in the forward pass of the wrapper, of the head and of sharded copies."""
+        """What `run` returns, called in the forward pass of wrapper, head and sharded copies."""
         if not self.wrapped or (wrapper is self.student and not self.sharded):
             return run()
         own = [self.student, *self.copies] if self.sharded else []
@@ -149,8 +133,15 @@ class Ranks:
 
 def is_sharded(model: Module) -> bool:
     """Whether a process has a part of the weights only: FSDP2 or ZeRO-3."""
-    first = next(model.parameters())
-    return isinstance(first, DTensor) or hasattr(first, "ds_id")
+    # Not by a parameter's type: FSDP2 leaves the last ones whole between a forward pass and its backward one.
+    return isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id")
+
+
+def reshard(model: Module) -> None:
+    """Drop what FSDP2 holds whole of a model, so that the next pass gathers what its shards are then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
@@ -158,15 +149,15 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     partitioned = [one for one in parameters if hasattr(one, "ds_id")]
     if not partitioned:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # only who trains with it has it installed
+    import deepspeed  # only who trains with it has it installed
 
-    found: AbstractContextManager[Any] = GatheredParameters(partitioned)
+    found: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
     return found
 
 
 @torch.no_grad()
 def state_of(model: Module) -> dict[str, Tensor]:
-    """Every weight of a sharded model by its name, whole, on the CPU of the main process; empty in the others.
+    """Every weight of a sharded model by its name, whole, on the CPU of the main process; else nothing.
 
     One weight at a time is whole on the devices. All processes have to call it.
     """
@@ -207,8 +198,8 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 def through(pairs: Sequence[tuple[Module, Module]], run: Callable[[], Result]) -> Result:
     """What `run` returns, called while each of these modules is in its forward pass, the first outermost.
 
-    Of a pair, the first is called, and the second is a module that it calls or itself: the one whose `forward`
-    is replaced. `run` may call it as usual.
+    Of a pair, the first is called, and the second, a module that it calls or itself, has its `forward`
+    replaced. `run` may call it as usual.
     """
     if not pairs:
         return run()

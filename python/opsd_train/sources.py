@@ -107,7 +107,7 @@ def _folder(path: Path, split: str) -> Iterator[Found]:
         yield from _table(held, str(path))
         return
     try:
-        files = datasets.load_dataset_builder(str(path), trust_remote_code=False).config.data_files or {}
+        files = datasets.load_dataset_builder(str(path)).config.data_files or {}
     except (OSError, ValueError) as error:
         raise ValueError(f"data: expected data files in the folder {path}; {error}") from None
     names = {str(found): str(part) for part, group in files.items() for found in group}

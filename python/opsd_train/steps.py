@@ -1,8 +1,9 @@
 """The micro-batches of an optimizer step, made of its rollouts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from opsd_train.columns import Step
@@ -31,20 +32,29 @@ class Written:
 
 
 Batches = list[dict[str, Tensor]]
+Total = Callable[[Tensor], Tensor]
 
 
-def plain_batches(written: Written, counting: Counting, pad_id: int) -> tuple[Batches, int]:
-    """The micro-batches and the tokens that count in all of them, for a divergence to one teacher."""
+def plain_batches(
+    written: Written, counting: Counting, pad_id: int, total: Total = lambda count: count
+) -> tuple[Batches, int]:
+    """The micro-batches, for a divergence to one teacher, and the tokens that count in the whole step.
+
+    The step is that of all processes, over which `total` sums.
+    """
     batches = [collate(written.rollouts[part], pad_id) for part in written.parts]
     for batch in batches:
         batch["counted"] = counting(written.step, batch["completion_mask"])
-    return batches, sum(int(batch["counted"].sum()) for batch in batches)
+    return batches, int(total(torch.stack([batch["counted"].sum() for batch in batches]).sum()))
 
 
 def method_batches(
-    written: Written, method: MethodRun, counting: Counting, pad_id: int
+    written: Written, method: MethodRun, counting: Counting, pad_id: int, total: Total = lambda count: count
 ) -> tuple[Batches, Step]:
-    """The micro-batches with the columns of a method and what its loss is divided by, and the whole step."""
+    """The micro-batches with the columns of a method and what its loss is divided by, and the whole step.
+
+    It is divided by what counts in all processes, over which `total` sums.
+    """
     found = method.step(written.rollouts)
     columns = method.columns(found)
 
@@ -55,5 +65,5 @@ def method_batches(
             batch |= stored_columns(written.stored[part], method, pad_id)
         return batch
 
-    counts = method.denominators(written.step, batch_of(slice(0, len(written.rollouts))))
+    counts = method.denominators(written.step, batch_of(slice(0, len(written.rollouts))), total)
     return [batch_of(part) | counts for part in written.parts], found

@@ -13,18 +13,15 @@ which is asked once a second and needs nobody to wait.
 """
 
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +34,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from opsd_train.random_state import random_state, set_random_state
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ASK_EVERY = 1.0  # seconds between two looks into the store
@@ -51,8 +50,8 @@ class Stopped(Exception):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-        self.step = 0  # the last complete one
-        self.checkpoint: Path | None = None  # that holds it; None if this run completed none
+        self.step = 0  # the last complete one; 0 if this run, since it was begun or resumed, completed none
+        self.checkpoint: Path | None = None  # that holds it
         super().__init__(signum)
 
     @property
@@ -62,8 +61,10 @@ class Stopped(Exception):
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
-        if self.checkpoint is None:
+        if not self.step:
             return f"stopped by {name} before a step was complete, so there is nothing new to keep"
+        if self.checkpoint is None:
+            return f"stopped by {name} after step {self.step}; a run with DeepSpeed has no checkpoints"
         return (
             f"stopped by {name} after step {self.step}, which {self.checkpoint} holds; the same command with "
             "--resume-from-checkpoint last goes on from there"
@@ -161,10 +162,8 @@ def agreed() -> Iterator[None]:
         return
     if watch.agreed is not None:
         raise Stopped(watch.agreed)
-    try:
+    with suppress(Stopped):  # the other ranks have to hear of it first
         yield
-    except Stopped:
-        pass  # the other ranks have to hear of it first
     signum = watch.agree()
     if signum is not None:
         raise Stopped(signum)
@@ -192,36 +191,23 @@ class StopRequested(StoppingCriteria):
         return torch.full((len(input_ids),), requested() is not None, device=input_ids.device)
 
 
-@dataclass(frozen=True)
-class Randomness:
-    """The global random states at one moment."""
-
-    python: Any
-    numpy: Any
-    torch: Tensor
-    cuda: list[Tensor]
-
-    @classmethod
-    def now(cls) -> "Randomness":
-        """As they are."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        """As they were."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-
-
 class StopCallback(TrainerCallback):
-    """Lets the ranks agree after micro-batches and steps, and remembers the end of the last complete step."""
+    """Lets the ranks agree after micro-batches and steps, and remembers the end of the last complete step.
+
+    Args:
+        watch: of the run.
+    """
 
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
-        self.random: Randomness | None = None
+        self.random: dict[str, Any] | None = None  # after that step; None if this run completed none
+        self.loss: Tensor | None = None  # that it has not logged yet, while the next one adds to it
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loss is that of whole steps for the last time."""
+        self.loss = self.watch.trainer._tr_loss.clone()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -235,7 +221,7 @@ class StopCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log and save a step that is complete, and end without an evaluation, which would take its time."""
-        self.random = Randomness.now()
+        self.random, self.loss = random_state(), None
         if self.watch.agree() is not None:
             control.should_log = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
@@ -276,7 +262,7 @@ def watched(trainer: Trainer) -> Iterator[None]:
         yield
     except Stopped as stopped:
         with deferred():
-            stopped.step, stopped.checkpoint = _keep(trainer, watch, callback.random)
+            stopped.step, stopped.checkpoint = _keep(trainer, watch, callback)
         raise
     finally:
         _watch = None
@@ -285,14 +271,18 @@ def watched(trainer: Trainer) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _keep(trainer: Trainer, watch: _Watch, last: Randomness | None) -> tuple[int, Path | None]:
+def _keep(trainer: Trainer, watch: _Watch, last: StopCallback) -> tuple[int, Path | None]:
     """Save the last complete step as if it had just ended, unless that was done; every rank is needed."""
     step = trainer.state.global_step
-    if last is None:  # of this run
+    if last.random is None:
+        return 0, None
+    if trainer.is_deepspeed_enabled:
         return step, None
     folder = Path(trainer.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if watch.most(not folder.is_dir()):
-        last.restore()
-        trainer._save_checkpoint(trainer.model, trial=None)
+        set_random_state(last.random)
+        if last.loss is not None:
+            trainer._tr_loss.copy_(last.loss)
+        trainer._save_checkpoint(trainer.model, trial=None)  # type: ignore[arg-type]
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     return step, folder

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,8 @@ def write_student(
     given = None if weights is None else dict(weights)
     if isinstance(student, PeftModel):
         student.save_pretrained(str(folder), state_dict=given)
-        beside = _beside_adapters(student, given)
+        state = student.state_dict() if given is None else given
+        beside = {name: state[name].detach().cpu().contiguous() for name in _beside_adapters(student)}
         if beside:
             save_file(beside, folder / BESIDE)
     else:
@@ -42,48 +43,42 @@ def write_student(
 
 
 def read_student(student: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The weights that `write_student` wrote with `own_names`, by the names of the model's parameters."""
-    if not isinstance(student, PeftModel):
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise ValueError(f"resume_from_checkpoint: expected model.safetensors in {folder}; got none")
-        return {name: one for path in files for name, one in load_file(path).items()}
-    found: dict[str, Tensor] = {}
-    for name in student.peft_config:
-        path = (folder if name == "default" else folder / name) / ADAPTER
-        if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint: expected {path} for adapters; got none")
-        found |= {f"{name}/{key}": one for key, one in load_file(path).items()}
-    return found | (load_file(folder / BESIDE) if (folder / BESIDE).is_file() else {})
-
-
-def load_student(student: torch.nn.Module, folder: Path) -> None:
-    """Put the weights that `write_student` wrote with `own_names` into the model.
+    """The weights that `write_student` wrote with `own_names`, by their names in the model's `state_dict`.
 
     Raises:
         ValueError: they are not those of this model.
     """
-    found = read_student(student, folder)
-    if isinstance(student, PeftModel):
-        for name in student.peft_config:
-            prefix = f"{name}/"
-            own = {key.removeprefix(prefix): one for key, one in found.items() if key.startswith(prefix)}
-            _same_shapes(own, get_peft_model_state_dict(student, adapter_name=name), folder)
-            set_peft_model_state_dict(student, own, adapter_name=name)
-        found = {key: one for key, one in found.items() if "/" not in key}
-        student.load_state_dict(found, strict=False)
-        return
+    if not isinstance(student, PeftModel):
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise ValueError(f"resume_from_checkpoint: expected model.safetensors in {folder}; got none")
+        found = {name: one for path in files for name, one in load_file(path).items()}
+        _check_shapes(found, student.state_dict(), _once(student, found), folder)
+        return found
+    found = {}
+    for adapter in student.peft_config:
+        path = (folder if adapter == "default" else folder / adapter) / ADAPTER
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint: expected {path} for adapters; got none")
+        names = _adapter_names(student, adapter)
+        found |= {names.get(key, key): one for key, one in load_file(path).items()}
+    beside = folder / BESIDE
+    found |= load_file(beside) if beside.is_file() else {}
     state = student.state_dict()
-    # A weight that is tied to another is in the file once.
-    here = {state[name].data_ptr() for name in found if name in state}
-    tied = {name: one for name, one in state.items() if name not in found and one.data_ptr() in here}
-    _same_shapes(found, {name: one for name, one in state.items() if name not in tied}, folder)
-    student.load_state_dict(found, strict=False)
+    _check_shapes(found, state, _adapted(student) | _beside_adapters(student), folder)
+    return found
 
 
-def _same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
+def load_student(student: torch.nn.Module, folder: Path) -> None:
+    """Put the weights that `write_student` wrote with `own_names` into the model; see `read_student`."""
+    student.load_state_dict(read_student(student, folder), strict=False)
+
+
+def _check_shapes(
+    found: Mapping[str, Tensor], state: Mapping[str, Tensor], needed: set[str], folder: Path
+) -> None:
     shapes = {name: tuple(one.shape) for name, one in found.items()}
-    wanted = {name: tuple(one.shape) for name, one in expected.items()}
+    wanted = {name: tuple(state[name].shape) for name in needed}
     different = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
     if different:
         name = different[0]
@@ -93,15 +88,31 @@ def _same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], fo
         )
 
 
-def _beside_adapters(student: PeftModel, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _once(student: torch.nn.Module, found: Mapping[str, Tensor]) -> set[str]:
+    """Names of a model's weights; of those that are tied to each other the one that was written."""
+    names = set(student.state_dict())
+    own: dict[int, list[str]] = {}
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        own.setdefault(id(parameter), []).append(name)
+    for tied in own.values():
+        written = [name for name in tied if name in found] or tied[:1]
+        names -= set(tied) - set(written)
+    return names
+
+
+def _adapter_names(student: PeftModel, adapter: str) -> dict[str, str]:
+    """Names in the model's `state_dict` by those that PEFT writes."""
+    own = list(student.state_dict())
+    numbers = {name: torch.tensor(number) for number, name in enumerate(own)}
+    written = get_peft_model_state_dict(student, state_dict=numbers, adapter_name=adapter)
+    return {key: own[int(number)] for key, number in written.items()}
+
+
+def _adapted(student: PeftModel) -> set[str]:
+    return {name for one in student.peft_config for name in _adapter_names(student, one).values()}
+
+
+def _beside_adapters(student: PeftModel) -> set[str]:
     """Trained parameters that PEFT does not write."""
-    written = {
-        one.data_ptr()
-        for name in student.peft_config
-        for one in get_peft_model_state_dict(student, adapter_name=name).values()
-    }
-    return {
-        name: (one if weights is None else weights[name]).detach().cpu().contiguous()
-        for name, one in student.named_parameters()
-        if one.requires_grad and one.data_ptr() not in written
-    }
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    return trained - _adapted(student)

@@ -1,9 +1,8 @@
 """Where the teacher's weights come from: the start of training, this step, those between, or elsewhere."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -13,68 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from opsd_kernels import Hidden, LogLinear
+from opsd_kernels import Hidden, LogLinear, TopK
 from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.effective import adapters_add, effective_weights, frozen_copy, require_lora_alone
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
-from opsd_train.sharding import is_main, part_of, whole
+from opsd_train.served import ServedReader
+from opsd_train.sharding import is_main, part_of, reshard, whole
+from opsd_train.teacher_rule import TeacherRule
 
-KINDS = ("initial", "live", "ema", "sync", "trust_region", "model")
 EMA_FILE = "ema_teacher.safetensors"
 SYNC_FILE = "sync_teacher.safetensors"
 ADAPTED = BaseTunerLayer | ModulesToSaveWrapper
-
-
-@dataclass(frozen=True)
-class TeacherRule:
-    """Which weights the teacher has, and how they follow the student.
-
-    Args:
-        kind: one of `KINDS`. `initial`: those that training started from; `live`: those of this step; `ema`:
-            a moving average; `sync`: a copy that is renewed; `trust_region`: a geometric mixture of `initial`
-            and `live`; `model`: another model's.
-        decay: of `ema`, in [0, 1).
-        every: optimizer steps from one update of `ema` or `sync` to the next.
-        copy_every: optimizer steps after which `ema` is set to the student itself; 0 for never.
-        share: of `live` in `trust_region`, in [0, 1].
-        model: folder or hub id, of `model`.
-    """
-
-    kind: str = "initial"
-    decay: float = 0.98
-    every: int = 1
-    copy_every: int = 0
-    share: float = 0.05
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"teacher: expected one of {', '.join(KINDS)}; got {self.kind!r}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"ema_decay: expected a number at least 0 and below 1, got {self.decay}")
-        if self.every < 1 or self.copy_every < 0:
-            raise ValueError(
-                "teacher_every: expected at least 1, and teacher_copy_every at least 0; got "
-                f"{self.every} and {self.copy_every}"
-            )
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"teacher_share: expected a number in [0, 1], got {self.share}")
-        if (self.kind == "model") != (self.model is not None):
-            raise ValueError(
-                f"teacher_model: expected a folder or hub id with teacher 'model' and only then; got "
-                f"{self.model!r} with {self.kind!r}"
-            )
-
-    def __str__(self) -> str:
-        every = f" every {self.every} steps" if self.every > 1 else ""
-        copied = f", copied every {self.copy_every}" if self.copy_every else ""
-        return {
-            "ema": f"ema (decay {self.decay}{every}{copied})",
-            "sync": f"sync{every}",
-            "trust_region": f"trust_region (share {self.share})",
-            "model": f"model {self.model}",
-        }.get(self.kind, self.kind)
 
 
 class Teacher:
@@ -83,6 +32,8 @@ class Teacher:
     Args:
         model: the model to read with; never trained through this class.
     """
+
+    is_whole = True  # its distributions are known at every entry
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -95,6 +46,12 @@ class Teacher:
         with evaluating(self.model), self.weights():
             hidden = completion_hidden(self.model, input_ids, attention_mask, length)
             return head_source(self.model, hidden)
+
+    def beside(
+        self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int
+    ) -> Hidden | LogLinear | TopK:
+        """What the teacher says of a batch whose student is known; only a served one makes use of that."""
+        return self.source(inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length)
 
     def weights(self) -> AbstractContextManager[None]:
         """Inside, `model` has the teacher's weights."""
@@ -112,6 +69,29 @@ class Teacher:
 
     def load(self, checkpoint: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote."""
+
+
+class ServedTeacher(Teacher):
+    """A model behind a vLLM server, asked about the student's most likely tokens.
+
+    Args:
+        model: the student, whose weights are none of its business.
+        reader: asks the server.
+    """
+
+    is_whole = False
+
+    def __init__(self, model: torch.nn.Module, reader: ServedReader) -> None:
+        super().__init__(model)
+        self.reader = reader
+
+    def source(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> Hidden:
+        """ValueError: it has no hidden states here."""
+        raise ValueError("teacher: expected one whose weights are here, not a served one, for this use")
+
+    def beside(self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int) -> TopK:
+        """Its log-probs of the student's most likely tokens."""
+        return self.reader.read(student, inputs)
 
 
 class AdapterOffTeacher(Teacher):
@@ -184,6 +164,7 @@ class EmaTeacher(Teacher):
 
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
+        reshard(self.model)
         for name, weight in effective_weights(self.student):
             self.average[name].lerp_(weight.to(self.average[name]), 1 - decay)
             self.read_by[name].copy_(self.average[name])
@@ -266,6 +247,10 @@ def make_teacher(
     """
     if rule.kind == "live":
         return Teacher(student)
+    if rule.served is not None:
+        if tokenizer is None:
+            raise ValueError("teacher: expected a tokenizer for a served one, got none")
+        return ServedTeacher(student, ServedReader(rule.served, tokenizer))
     if rule.model is not None:
         return Teacher(load_teacher(rule.model, student, tokenizer))
     if isinstance(student, PeftModel):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from opsd_kernels import get_method
 from opsd_train import data, record, stops, trackers
 from opsd_train.backbone import causal_lm
-from opsd_train.checkpoints import newest_checkpoint
+from opsd_train.checkpoints import newest_checkpoint, step_of
 from opsd_train.config import OPSDConfig
 from opsd_train.data import Row
 from opsd_train.inspection import inspect_rollouts
@@ -136,6 +136,8 @@ def _train(
     checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         look(trainer, written, console)
+    elif written is not None:
+        written.rewind(step_of(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -153,7 +155,9 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
         }
         if trainer.held_out and not trainer.ranks.any(known):
             trainer.evaluate()
-        if trainer.stored is not None:  # there is no teacher whose opinion could be recorded
+        if (
+            trainer.stored is not None or not trainer.teacher.is_whole
+        ):  # there is no teacher whose opinion could be recorded
             return
         watched = trainer.held_out or trainer.prompts
         seen = inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded])

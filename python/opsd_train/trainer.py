@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
-from opsd_kernels import Hidden, LogLinear, Objective
+from opsd_kernels import Hidden, LogLinear, Objective, TopK
 from opsd_train import stops
 from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
@@ -100,7 +100,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             train_dataset=self.prompts,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=list,  # type: ignore[arg-type]
+            data_collator=list,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -140,14 +140,15 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         counting, pad_id, exposure = self.config.to_counting(), self.vocabulary.pad_id, self.pieces.exposure
         if self.method is None:
             self.completions.keep(written.step, written.rollouts)
-            return self.ranks.counted(*plain_batches(written, counting, pad_id))
+            return plain_batches(written, counting, pad_id, self.ranks.total)
         method = self.method if exposure is None else exposure.exposed()
-        batches, step = method_batches(written, method, counting, pad_id)
+        batches, step = method_batches(written, method, counting, pad_id, self.ranks.total)
         self.meter.reward(step.rewards)
         self.completions.keep(written.step, written.rollouts, step.rewards)
         if exposure is not None:
             exposure.read(step, pad_id)
-        return self.ranks.counted(batches, sum(len(rollout.completion) for rollout in written.rollouts))
+        tokens = sum(len(rollout.completion) for rollout in written.rollouts)
+        return batches, int(self.ranks.total(torch.tensor(tokens)))
 
     def _write(self, batches: Sequence[Sequence[Prompt]]) -> Written:
         """The rollouts of the step that is next, in the parts of these batches."""
@@ -211,9 +212,10 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         }
         student, teacher, what = self._minimised(model, inputs, tokens)
         self.agreement.hear(student, inputs)
-        # What a cache holds of a teacher is no distribution that could be measured.
+        # What a cache holds of a teacher, or a server says, is no distribution that could be measured.
+        partial = self.stored is not None or not self.teacher.is_whole
         with self.meter.phase("loss"):
-            if self.stored is not None or not logs_next(self.args, self.state):
+            if partial or not logs_next(self.args, self.state):
                 return opsd_kernels.loss(student, teacher, **settings, **what)
             loss, stats = opsd_kernels.loss_and_stats(student, teacher, **settings, **what)
             k, temperature = self.config.mass_top_k, self.config.loss_temperature
@@ -239,7 +241,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
 
     def distributions(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
-    ) -> tuple[Hidden, Hidden | LogLinear]:
+    ) -> tuple[Hidden, Hidden | LogLinear | TopK]:
         """The next-token distributions of student and teacher at the completion's tokens, [B, C].
 
         Raises ValueError for a batch in which they are not those of the same tokens.
@@ -247,13 +249,11 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         check_alignment(inputs)
         length = inputs["completion_mask"].shape[1]
         with self.accelerator.autocast():
-            with self.meter.phase("teacher"):
-                teacher = self.teacher.source(
-                    inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length
-                )
             with self.meter.phase("student"):
                 hidden = completion_hidden(model, inputs["input_ids"], inputs["attention_mask"], length)
-        return head_source(model, hidden), teacher
+            student = head_source(model, hidden)
+            with self.meter.phase("teacher"):
+                return student, self.teacher.beside(student, inputs, length)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Every prompt `num_generations` times in a row, so that its rollouts are in one step."""
@@ -270,14 +270,14 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         ids = [prompt.student_ids for prompt in prompts]
         # The prompts of a training step are this process's already.
         shared = stream[0] == EVALUATION
-        write = self.ranks.shared(self.engine.write) if shared else self.engine.write
-        with stops.agreed():
-            if self.engine_behind:
-                with self.meter.phase("sync"):
-                    self.engine.follow(self.state.global_step)
-                self.engine_behind = False
-            with self.meter.phase("rollout"):
-                written = write(ids, sampling, seed)
+        own = stops.agreed()(self.engine.write)  # before shares are gathered, which needs all processes
+        write = self.ranks.shared(own) if shared else own
+        if self.engine_behind:
+            with self.meter.phase("sync"):
+                self.engine.follow(self.state.global_step)
+            self.engine_behind = False
+        with self.meter.phase("rollout"):
+            written = write(ids, sampling, seed)
         ends = self.vocabulary.eos_ids
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in ends, one.logprobs, one.version)

@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerBase
 from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Engine
 from opsd_train.engines.hf import HFEngine
+from opsd_train.engines.server import make_server_engine
+from opsd_train.engines.vllm import VLLMEngine
 from opsd_train.rollouts import Vocabulary
 
 
@@ -29,4 +31,6 @@ def make_engine(
     """
     if config.rollouts == "hf":
         return HFEngine(student, vocabulary)
-    raise NotImplementedError(config.rollouts)
+    if config.rollouts == "vllm":
+        return VLLMEngine(config, student, vocabulary)
+    return make_server_engine(config, student, tokenizer, vocabulary, config.process_index == 0)

@@ -1,0 +1,168 @@
+"""A vLLM server over HTTP: every call ends, with an answer or an `EngineError` that says what went wrong.
+
+The standard library's `http.client` does it: what comes with transformers differs between its versions.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from opsd_train.engines.base import EngineError
+from opsd_train.engines.exchange import Exchange
+
+
+class ServerClient:
+    """Calls to one server.
+
+    Args:
+        url: such as http://127.0.0.1:8000.
+        stall: seconds after which a silent server is given up.
+        timeout: seconds that a single call may take, whatever the server does meanwhile.
+
+    Raises:
+        ValueError: a URL that is none.
+    """
+
+    def __init__(self, url: str, stall: float = 30.0, timeout: float = 600.0) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"vllm_url: expected http://host:port, got {url!r}")
+        self.url, self.stall, self.timeout = url.rstrip("/"), stall, timeout
+
+    def get(self, path: str, seconds: float | None = None) -> Any:
+        """The JSON that the server answers within `stall` or so many seconds; None for an empty answer."""
+        return self._ask("GET", path, None, seconds or self.stall)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The JSON that the server answers when it has done it; it has to stay healthy until then."""
+        return self.post_all(path, [body])[0]
+
+    def post_all(self, path: str, bodies: Sequence[Any], concurrency: int = 1) -> list[Any]:
+        """The answers to several requests, in their order."""
+
+        def one(body: Any, beat: "_Beat") -> Any:
+            with beat.exchange(self, "POST", path, body) as exchange:
+                return exchange.answer()
+
+        return self._each(one, bodies, concurrency, streams=False)
+
+    def stream_all(self, path: str, bodies: Sequence[Any], concurrency: int) -> list[list[Any]]:
+        """The events that the server streams for each request; some event has to come in `stall` seconds."""
+
+        def one(body: Any, beat: "_Beat") -> list[Any]:
+            found = []
+            with beat.exchange(self, "POST", path, body) as exchange:
+                for event in exchange.events():
+                    beat.hear()
+                    found.append(event)
+            return found
+
+        return self._each(one, bodies, concurrency, streams=True)
+
+    def healthy(self, timeout: float) -> str | None:
+        """None if the server says that it is well, else what is wrong."""
+        try:
+            self._ask("GET", "/health", None, timeout)
+        except EngineError as error:
+            return str(error)
+        return None
+
+    def wait(self, seconds: float) -> None:
+        """Until the server is healthy; EngineError if it is not after so many seconds."""
+        end = time.monotonic() + seconds
+        while (ill := self.healthy(2.0)) is not None:
+            if time.monotonic() > end:
+                raise EngineError(f"{ill}; it was waited for {seconds:.0f} s")
+            time.sleep(0.5)
+
+    def _ask(self, method: str, path: str, body: Any, timeout: float) -> Any:
+        exchange = Exchange(self.url, method, path, timeout)
+        try:
+            exchange.send(body, timeout)
+            return exchange.answer()
+        finally:
+            exchange.close()
+
+    def _each(
+        self, one: Callable[[Any, "_Beat"], Any], bodies: Sequence[Any], concurrency: int, *, streams: bool
+    ) -> list[Any]:
+        """Run the calls beside each other; the first error, or silence, ends all of them."""
+        beat = _Beat()
+        watcher = threading.Thread(target=self._watch, args=(beat, streams), daemon=True)
+        pool = ThreadPoolExecutor(max_workers=max(1, min(concurrency, len(bodies))))
+        try:
+            watcher.start()
+            calls = [pool.submit(one, body, beat) for body in bodies]
+            wait(calls, return_when=FIRST_EXCEPTION)
+            failed = [error for call in calls if call.done() and (error := call.exception())]
+            if failed:
+                raise EngineError(beat.reason) if beat.reason else failed[0]
+            return [call.result() for call in calls]
+        finally:
+            beat.end()
+            pool.shutdown(wait=True, cancel_futures=True)
+            watcher.join()
+
+    def _watch(self, beat: "_Beat", streams: bool) -> None:
+        """Ask for the server's health while it is silent; cut every call if it is ill, or silent for long."""
+        while not beat.ended.wait(self.stall / 6):
+            silent = time.monotonic() - beat.heard
+            if silent < self.stall / 3:
+                continue
+            ill = self.healthy(self.stall / 3)
+            silent = time.monotonic() - beat.heard
+            if ill is not None and not beat.ended.is_set():
+                beat.give_up(f"vLLM server at {self.url}: stalled, silent for {silent:.0f} s: {ill}")
+            elif streams and silent >= 0.8 * self.stall:
+                beat.give_up(
+                    f"vLLM server at {self.url}: stalled, it answers /health but has written no token for "
+                    f"{silent:.0f} s"
+                )
+
+
+class _Beat:
+    """What the calls of a batch share: when the server was heard last, and how all of them are cut."""
+
+    def __init__(self) -> None:
+        self.heard = time.monotonic()
+        self.ended = threading.Event()
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+        self._open: set[Exchange] = set()
+
+    def hear(self) -> None:
+        """The server said something."""
+        self.heard = time.monotonic()
+
+    @contextmanager
+    def exchange(self, client: ServerClient, method: str, path: str, body: Any) -> Iterator[Exchange]:
+        """A request that was sent, and that `end` and `give_up` can cut."""
+        exchange = Exchange(client.url, method, path, client.timeout)
+        with self._lock:
+            self._open.add(exchange)
+        try:
+            if self.ended.is_set():
+                raise EngineError(self.reason or f"vLLM server at {client.url}: {path} was given up")
+            exchange.send(body, client.stall)
+            yield exchange
+            self.hear()
+        finally:
+            with self._lock:
+                self._open.discard(exchange)
+            exchange.close()
+
+    def give_up(self, reason: str) -> None:
+        """End the calls with this error."""
+        self.reason = reason
+        self.end()
+
+    def end(self) -> None:
+        """Cut what is still open."""
+        self.ended.set()
+        with self._lock:
+            for exchange in self._open:
+                exchange.cut()

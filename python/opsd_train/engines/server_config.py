@@ -1,0 +1,76 @@
+"""The part of a run's configuration that concerns rollouts by a vLLM server."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+
+from opsd_train.method_config import option
+
+SYNCS = ("disk", "nccl", "lora")
+
+
+@dataclass
+class ServerConfig:
+    """Options of `--rollouts vllm-server`."""
+
+    vllm_url: str = option("http://127.0.0.1:8000", "Where the vLLM server of `vllm-server` listens.")
+    vllm_start: bool = option(
+        False, "Start the vLLM server at vllm_url, on this machine, with the student; it ends with the run."
+    )
+    vllm_server_args: str = option(
+        "", 'Further arguments of the server that vllm_start starts, say "--dtype float32 --enforce-eager".'
+    )
+    vllm_python: str = option(
+        sys.executable, "The interpreter of the server that vllm_start starts; vLLM is installed in it."
+    )
+    vllm_start_seconds: float = option(600.0, "The server has to be healthy after so many seconds.")
+    vllm_sync: str = option(
+        "disk",
+        "How a vLLM server gets the weights: `disk` (safetensors in vllm_sync_dir, works on any device), "
+        "`nccl` (vLLM's own transfer between GPUs) or `lora` (a new adapter for each version).",
+    )
+    vllm_sync_dir: str | None = option(
+        None,
+        "Folder that run and server see under the same path, say in /dev/shm on one machine; None is "
+        "vllm-sync in output_dir.",
+    )
+    vllm_stall_seconds: float = option(
+        30.0, "A server that is silent for so long has stalled, and ends the run."
+    )
+    vllm_call_seconds: float = option(
+        600.0,
+        "A single call to the server, a whole rollout or transfer of weights, takes no longer than this.",
+    )
+    vllm_concurrency: int = option(256, "Requests that a vLLM server has at once.")
+    vllm_checksums: bool = option(
+        True, "Compare checksums of weights with the server's after every transfer, bit by bit."
+    )
+    vllm_master: str = option(
+        "127.0.0.1:51216", "Address and port of this machine where the server's GPUs meet it, with `nccl`."
+    )
+
+    def check_server(self) -> None:
+        """ValueError for an option that is out of range."""
+        if self.vllm_sync not in SYNCS:
+            raise ValueError(f"vllm_sync: expected one of {', '.join(SYNCS)}; got {self.vllm_sync!r}")
+        for name in ("vllm_start_seconds", "vllm_stall_seconds", "vllm_call_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number of seconds above 0, got {getattr(self, name)}")
+        if self.vllm_concurrency < 1:
+            raise ValueError(f"vllm_concurrency: expected at least 1, got {self.vllm_concurrency}")
+        if self.vllm_server_args and not self.vllm_start:
+            raise ValueError(
+                "vllm_server_args: expected nothing without vllm_start, since the server at vllm_url runs "
+                f"already; got {self.vllm_server_args!r}"
+            )
+        host, _, port = self.vllm_master.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"vllm_master: expected host:port, got {self.vllm_master!r}")
+
+    @property
+    def run_tag(self) -> str:
+        """What the versions of this run's weights begin with on a server, the same on every rank."""
+        about = (
+            f"{getattr(self, 'output_dir', '')} {getattr(self, 'run_name', '')} {getattr(self, 'seed', 0)}"
+        )
+        return hashlib.sha256(about.encode()).hexdigest()[:8]
