@@ -2,8 +2,9 @@
 
     python -m bench.word_problems --rows 512 --seed 0 --held-out 128 --out problems
 
-writes `train.jsonl` and `held_out.jsonl` with the columns problem, solution and answer. The rows are a
-function of the seed, and no problem is in both files.
+writes `train.jsonl` and `held_out.jsonl` with the columns prompt, teacher_prompt and answer. The student
+reads the problem; the teacher has it answered already and is asked to answer once more, which a model of
+135 M parameters does far better than solving. The rows are a function of the seed, and no two are the same.
 """
 
 import argparse
@@ -11,10 +12,13 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jonas", "Karim", "Lena")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "tickets")
 PLACES = ("boxes", "bags", "baskets", "drawers", "jars", "shelves")
+ASKED = "Write down the calculation, then the answer."
+AGAIN = "Thank you. Say it once more:"
 
 Kind = Callable[[random.Random], tuple[str, str, int]]
 
@@ -78,14 +82,17 @@ def difference(draw: random.Random) -> tuple[str, str, int]:
 KINDS: tuple[Kind, ...] = (gains_and_losses, equal_groups, change, sharing, difference)
 
 
-def rows(seed: int) -> Iterator[dict[str, str]]:
+def rows(seed: int) -> Iterator[dict[str, Any]]:
     """Different problems without end."""
     draw, seen = random.Random(seed), set()
     while True:
         problem, steps, answer = draw.choice(KINDS)(draw)
         if problem not in seen:
             seen.add(problem)
-            yield {"problem": problem, "solution": f"{steps} The answer is {answer}.", "answer": str(answer)}
+            asked = {"role": "user", "content": f"{problem} {ASKED}"}
+            solved = {"role": "assistant", "content": f"{steps} The answer is {answer}."}
+            again = {"role": "user", "content": f"{AGAIN} {problem} {ASKED}"}
+            yield {"prompt": [asked], "teacher_prompt": [asked, solved, again], "answer": str(answer)}
 
 
 def main() -> None:

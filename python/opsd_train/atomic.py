@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from opsd_train import checkpoints, folders, optimizer_state
 from opsd_train.config import OPSDConfig
@@ -205,13 +205,38 @@ class AtomicCheckpoints(Trainer):
 
     # Reading
 
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; on resuming, the teacher and the pieces go on from the checkpoint too.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest in `output_dir`.
+            trial: see `transformers.Trainer`.
+            ignore_keys_for_eval: see `transformers.Trainer`.
+
+        Raises:
+            ValueError: there is no checkpoint to resume from, or it holds another teacher.
+        """
+        checkpoint = checkpoints.checkpoint_of(resume_from_checkpoint, self.config.output_dir)
+        if checkpoint is not None:
+            self.teacher.load(checkpoint)
+            self.pieces.load(checkpoint)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
-        """Shuffled by a generator of its own: the global seed may be another one in a run that goes on."""
-        found = super()._get_train_sampler(train_dataset)
-        if type(found) is not torch.utils.data.RandomSampler:
+        """Every prompt `num_generations` times in a row, so that its rollouts are in one step.
+
+        Shuffled by a generator of its own: the global seed may be another one in a run that goes on.
+        """
+        found, count = super()._get_train_sampler(train_dataset), self.config.num_generations
+        if count == 1 and type(found) is not torch.utils.data.RandomSampler:
             return found
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
-        return Repeated(len(found), 1, seed)
+        return Repeated(len(self.train_dataset), count, seed)  # type: ignore[arg-type]
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -158,6 +158,12 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: "OPSDTrainer") -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count from here."""
+        self.trainer.meter.restart()
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

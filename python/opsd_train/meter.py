@@ -38,6 +38,11 @@ class Meter:
         self.start = self._begun = time.perf_counter()
         self._reset()
 
+    def restart(self) -> None:
+        """Training begins: what was counted before it does not count."""
+        self.start = time.perf_counter()
+        self._reset()
+
     def begin_step(self) -> None:
         """A step's rollouts are about to be drawn."""
         self._begun = time.perf_counter()

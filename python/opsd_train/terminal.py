@@ -35,14 +35,15 @@ def early_ends() -> Iterator[None]:
     """Print why a run ended early as one message, and leave with its exit code.
 
     128 plus its number for a signal that stopped the run (143 for SIGTERM, 130 for SIGINT), 1 for steps that
-    were not finite and for an engine that failed.
+    were not finite, an engine that failed and a checkpoint that could not be written.
     """
+    from opsd_train.atomic import CheckpointError
     from opsd_train.engines.base import EngineError
     from opsd_train.finite import BadSteps
     from opsd_train.stops import Stopped
 
     try:
         yield
-    except (Stopped, BadSteps, EngineError) as error:
+    except (Stopped, BadSteps, EngineError, CheckpointError) as error:
         Console(stderr=True).print(f"[red]ended:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(code=error.code if isinstance(error, Stopped) else 1) from None

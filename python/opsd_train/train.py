@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from opsd_kernels import get_method
 from opsd_train import data, record, stops, trackers
@@ -46,6 +46,7 @@ def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrai
         model, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
         student: torch.nn.Module = model
         if options.lora_rank:
+            set_seed(config.seed)  # adapters begin with the same numbers in every process
             student = with_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
         return make_trainer(student, tokenizer, loaded.rows, loaded.held_out, config, loaded.quarantine)
 

@@ -2,20 +2,18 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear, Objective, TopK
 from opsd_train import stops
 from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
-from opsd_train.checkpoints import StepCallback, checkpoint_of
+from opsd_train.checkpoints import StepCallback
 from opsd_train.completions import Completions
 from opsd_train.config import OPSDConfig
 from opsd_train.effopd import hold_back
@@ -31,7 +29,7 @@ from opsd_train.pieces import Pieces
 from opsd_train.prompts import Prompt
 from opsd_train.readers import Readers
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted
-from opsd_train.sampler import Repeated, parts_of
+from opsd_train.sampler import parts_of
 from opsd_train.sharding import Ranks
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers import Teacher, make_teacher
@@ -121,7 +119,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         self.add_callback(StepCallback(self))
         self.meter = Meter(args.device, args.max_completion_length, self.ranks.total)
         self.agreement = Agreement()
-        self.completions = Completions(args.output_dir or ".", args.save_completions_every, processing_class)
+        kept = args.save_completions_every if args.process_index == 0 else 0
+        self.completions = Completions(args.output_dir or ".", kept, processing_class)
         self.engine = make_engine(args, model, processing_class, self.vocabulary)
         self.engine_behind = True  # its weights are not those of the student, as after every step
 
@@ -255,13 +254,6 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             with self.meter.phase("teacher"):
                 return student, self.teacher.beside(student, inputs, length)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
-        """Every prompt `num_generations` times in a row, so that its rollouts are in one step."""
-        count = self.config.num_generations
-        if count == 1:
-            return super()._get_train_sampler(train_dataset)
-        return Repeated(len(self.prompts), count, self.config.seed)
-
     def roll_out(
         self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
     ) -> list[Rollout]:
@@ -290,26 +282,3 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             logs |= self.meter.read() | self.agreement.metrics()
             logs |= self.pieces.metrics(self.state.global_step)
         super().log(logs, start_time)
-
-    def train(
-        self,
-        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train; on resuming, the teacher and the pieces go on from the checkpoint too.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest in `output_dir`.
-            trial: see `transformers.Trainer`.
-            ignore_keys_for_eval: see `transformers.Trainer`.
-
-        Raises:
-            ValueError: there is no checkpoint to resume from, or it holds another teacher.
-        """
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.config.output_dir)
-        if checkpoint is not None:
-            self.teacher.load(checkpoint)
-            self.pieces.load(checkpoint)
-        self.meter = Meter(self.args.device, self.config.max_completion_length, self.ranks.total)
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
