@@ -156,18 +156,6 @@ def test_resuming_is_exact_and_keeps_the_counts(tmp_path: Path) -> None:
         again.train(tmp_path / "checkpoint-3")
 
 
-def test_checkpoint_without_counts_starts_them(tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    tiny_trainer(tmp_path, **settings).train()
-    path = tmp_path / "checkpoint-1" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    assert state["stateful_callbacks"].pop("SkippedSteps")["attributes"] == {"total": 0, "in_a_row": 0}
-    path.write_text(json.dumps(state))
-    resumed = tiny_trainer(tmp_path, **settings)
-    resumed.train(tmp_path / "checkpoint-1")
-    assert resumed.skipped.total == 0
-
-
 def test_lora_adapters_are_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     trainer = tiny_trainer(tmp_path, with_lora(tiny_model(), 2, 4, 0.0), max_steps=3, **EMA)
