@@ -4,11 +4,13 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
+from opsd_train import terminal
 from opsd_train.check import Findings, check, quantile
 from opsd_train.cli import app
 from opsd_train.loading import Reader, load_reader
@@ -113,7 +115,8 @@ def test_quantiles_are_lengths_that_occur() -> None:
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["check", *map(str, arguments)], env={"COLUMNS": "160"})
+    with mock.patch.object(terminal.console, "_width", 160):
+        result = CliRunner().invoke(app, ["check", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
 

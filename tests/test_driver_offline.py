@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import log_softmax
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
-from opsd_train import trainer as trainer_module
 from opsd_train.data import load_rows
 from opsd_train.offline import CacheOptions, Writer
 from opsd_train.offline_cache import Cache
@@ -138,7 +137,8 @@ def test_nothing_is_generated_and_no_teacher_read(tmp_path: Path, monkeypatch: p
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("not in a run from a cache")
 
-    monkeypatch.setattr(trainer_module, "generate", never)
+    monkeypatch.setattr(trainer.engine, "write", never)
+    monkeypatch.setattr(trainer.engine, "follow", never)
     monkeypatch.setattr(Teacher, "source", never)
     before = [one.detach().clone() for one in trainer.student.parameters()]
     trainer.train()

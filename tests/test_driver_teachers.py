@@ -173,7 +173,7 @@ def test_ema_of_lora_is_that_of_the_effective_weights() -> None:
 def test_unknown_teacher_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match="teacher: expected one of initial, live, ema, sync, trust_region, model; got 'frozen'",
+        match="teacher: expected one of initial, live, ema, sync, trust_region, model, served; got 'frozen'",
     ):
         tiny_trainer(tmp_path, teacher="frozen")
 
