@@ -94,9 +94,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send(*found) if isinstance(found, tuple) else self._send(200, found)
 
     def _send(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        if not isinstance(body, str):  # a sentence has no type, as vLLM sends it
+            self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -166,12 +167,12 @@ class Handler(BaseHTTPRequestHandler):
         base = type(self.fake.model)(self.fake.model.config)
         base.load_state_dict(self.fake.model.state_dict())
         self.fake.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
-        return {}
+        return f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def unload_lora_adapter(self, body: Any) -> Any:
         if self.fake.adapters.pop(body["lora_name"], None) is None:
             return 404, {"message": "not found"}
-        return {}
+        return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
     def generate(self, body: Any) -> Any:
         fake, settings = self.fake, body["sampling_params"]

@@ -51,9 +51,12 @@ class Exchange:
             raise self._error(error) from None
 
     def answer(self) -> Any:
-        """The JSON of the answer, None if it is empty."""
-        text = self._read(self._response())
-        return self._json(text) if text.strip() else None
+        """The JSON of the answer; None if it is empty, or words that do not claim to be JSON."""
+        response = self._response()
+        text = self._read(response)
+        # vLLM answers some requests, such as that to load an adapter, with a sentence of no type.
+        said = response.getheader("Content-Type") is None
+        return None if said or not text.strip() else self._json(text)
 
     def events(self) -> Iterator[Any]:
         """The JSON of each server-sent event up to `[DONE]`; EngineError if the stream ends before."""
