@@ -135,6 +135,12 @@ def test_the_fast_way_to_ask_is_refused_where_vllm_has_it_not(engine):
         Scorer(ServedRule(engine.client.url, 4, "ids"), engine.tokenizer)
 
 
+@torch.no_grad()
+def logprobs(student) -> torch.Tensor:
+    """What a student says of the first prompt's next token."""
+    return student(torch.tensor([PROMPTS[0]])).logits[0, -1].log_softmax(-1)
+
+
 def test_adapters_are_loaded_by_version(engine, tmp_path):
     engine.follow(3)
     student = get_peft_model(
@@ -155,11 +161,12 @@ def test_adapters_are_loaded_by_version(engine, tmp_path):
         own.follow(version)
         written = own.write(PROMPTS, GREEDY, (0,))
         assert max(differences(student, PROMPTS, written)) < 1e-3
-        seen.append([one.tokens for one in written])
+        seen.append(logprobs(student))
         named = [one["id"] for one in engine.client.get("/v1/models")["data"]]
         assert named[1:] == [own.tag]
         move(student, seed=7)
-    assert seen[0] != seen[1]
+    # The trainer's own have moved by far more than the server's differ from them.
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
     own.close()
     student.unload()
 
