@@ -56,4 +56,4 @@ def test_ranks_end_together(tmp_path: Path) -> None:
         assert "stopped by SIGTERM after step 1" in slow["error"]
     assert ranks[0][1]["error"] == ranks[1][1]["error"]
     assert ranks[1][1]["seconds"] < 60
-    assert ranks[1][3]["seconds"] < 30  # the other rank did not write its rollout to the end
+    assert ranks[1][3]["seconds"] < 60  # the other rank did not write its rollout to the end

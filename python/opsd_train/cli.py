@@ -45,8 +45,7 @@ def demo(
         trainer = demo_run.demo(given, console)
     about = {"name": "opsd demo", "model": "the demo's model, on three-digit addition"}
     with early_ends():
-        report = run(trainer, about, console, existing="replace")
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        _say(run(trainer, about, console, existing="replace"))
 
 
 @app.command(context_settings=ANY_OPTION)
@@ -91,8 +90,7 @@ def train(
     existing: Literal["resume", "error"] = "resume" if settings.resume_from_checkpoint else "error"
     about = {"name": Path(settings.output_dir).name, "model": options.model, "options": asdict(options)}
     with early_ends():
-        report = run(trainer, about, console, existing=existing)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        _say(run(trainer, about, console, existing=existing))
 
 
 @app.command()
@@ -101,8 +99,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder, finished 
     from opsd_train.report import write_report
 
     with user_errors():
-        path = write_report(run_dir)
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+        _say(write_report(run_dir))
 
 
 @app.command()
@@ -124,6 +121,12 @@ def options(
             default = "" if field.default is MISSING else escape(repr(field.default))
             table.add_row(field.name, default, escape(" ".join(str(field.metadata.get("help", "")).split())))
     console.print(table)
+
+
+def _say(report: Path | None) -> None:
+    """Where the report is; a process that did not write it says nothing."""
+    if report is not None:
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -75,11 +75,11 @@ def make_trainer(
 
 def run(
     trainer: OPSDTrainer, about: Mapping[str, Any], console: Console, existing: Existing = "error"
-) -> Path:
+) -> Path | None:
     """Evaluate, train, evaluate, and write the run folder; returns the path of the report.
 
     SIGTERM and SIGINT end it at the next safe point, see `stops`; however it ends, its engine is closed. In a
-    run of several processes all of them call this, and the first one writes.
+    run of several processes all of them call this, and the first one writes; the others get None.
 
     Args:
         trainer: as `make_trainer` made it; its `output_dir` becomes the run folder.
@@ -112,17 +112,14 @@ def run(
             trainer.save_model(folder / "model")
     finally:
         trainer.engine.close()
-    if written is not None:
-        info |= {
-            "seconds": time.perf_counter() - started,
-            "peak_memory_gb": peak_memory_gb(trainer.args.device),
-        }
-        written.write_info(info)
-        found = load_run(folder).evaluations
-        if found:
-            console.print(accuracy_table(found[0], found[-1]))
-        write_report(folder)
-    return folder / "report.html"
+    if written is None:
+        return None
+    info |= {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(trainer.args.device)}
+    written.write_info(info)
+    found = load_run(folder).evaluations
+    if found:
+        console.print(accuracy_table(found[0], found[-1]))
+    return write_report(folder)
 
 
 def _train(
