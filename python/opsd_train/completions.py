@@ -5,7 +5,6 @@ reader of Parquet takes one or many of them. Each is written under another name 
 ever half there.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
+from opsd_train.json_files import replacing
 from opsd_train.prompts import decode
 from opsd_train.rollouts import Rollout
 
@@ -68,16 +68,8 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         {name: _encodable(value) if isinstance(value, str) else value for name, value in row.items()}
         for row in rows
     ]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            parquet.write_table(pa.Table.from_pylist(clean, SCHEMA), file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        parquet.write_table(pa.Table.from_pylist(clean, SCHEMA), file, compression="zstd")
 
 
 class Completions:

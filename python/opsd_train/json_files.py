@@ -4,23 +4,31 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader or a crash finds the old or the new one, whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in place of the one at `path`; whoever reads finds the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text`, see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", errors="replace"))
 
 
 def dumps(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:

@@ -18,7 +18,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from opsd_train.json_files import dumps, write_atomically
+from opsd_train.json_files import dumps, replacing, write_atomically
 from opsd_train.prompts import Prompt
 from opsd_train.rollouts import Rollout, collate
 
@@ -145,16 +145,8 @@ def begin(folder: Path, info: Mapping[str, Any]) -> int:
 
 def write_shard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one file of rows, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            datasets.Dataset.from_list([dict(row) for row in rows], features=FEATURES).to_parquet(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        datasets.Dataset.from_list([dict(row) for row in rows], features=FEATURES).to_parquet(file)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
