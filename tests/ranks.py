@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from opsd_train import stops
-from opsd_train.finite import BadSteps, FiniteSteps
+from opsd_train.safety import stops
+from opsd_train.safety.finite import BadSteps, FiniteSteps
 
 TIMEOUT = 240
 

@@ -2,7 +2,7 @@
 
 import math
 
-from opsd_train.record import Accuracy, Evaluation, RolloutRecord, TokenRecord
+from opsd_train.watch.record import Accuracy, Evaluation, RolloutRecord, TokenRecord
 
 
 def accuracy(correct: int, low: float, high: float) -> Accuracy:

@@ -9,9 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from driver_tiny import TOKENIZER, tiny_model
 from opsd_train.loading import with_lora
-from opsd_train.optimizer_state import full_state, full_weights, set_full_state, set_full_weights
-from opsd_train.student_files import write_student
-from opsd_train.trees import load_tree, save_tree
+from opsd_train.safety.optimizer_state import full_state, full_weights, set_full_state, set_full_weights
+from opsd_train.safety.student_files import write_student
+from opsd_train.safety.trees import load_tree, save_tree
 
 
 def made(lora: bool, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -12,8 +12,8 @@ import typer
 from transformers import TrainerCallback
 
 from driver_tiny import tiny_trainer
-from opsd_train import stops
-from opsd_train.terminal import early_ends
+from opsd_train.commands.terminal import early_ends
+from opsd_train.safety import stops
 
 
 class Slowly(TrainerCallback):

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
-from opsd_train import quarantine
-from opsd_train.data import Reading, load_rows
-from opsd_train.prompts import Encoder, Templates
-from opsd_train.quarantine import BAD_ROWS, Quarantine
+from opsd_train.data import quarantine
+from opsd_train.data.quarantine import BAD_ROWS, Quarantine
+from opsd_train.data.rows import Reading, load_rows
+from opsd_train.reading.prompts import Encoder, Templates
 from opsd_train.run_options import RunOptions
 from opsd_train.train import check_output, run, train
 

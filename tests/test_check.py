@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
-from opsd_train import terminal
-from opsd_train.check import Findings, check, quantile
-from opsd_train.cli import app
+from opsd_train.commands import terminal
+from opsd_train.commands.main import app
+from opsd_train.data.check import Findings, check, quantile
 from opsd_train.loading import Reader, load_reader
 from opsd_train.run_options import RunOptions
 

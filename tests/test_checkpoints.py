@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM, TrainerCallback, TrainerState
 
 from driver_tiny import tiny_model, tiny_trainer
-from opsd_train import checkpoints, folders
-from opsd_train.atomic import CheckpointError
-from opsd_train.checkpoints import checkpoint_of, newest_checkpoint
 from opsd_train.loading import with_lora
-from opsd_train.optimizer_state import set_state
-from opsd_train.record import RunRecord, load_run
-from opsd_train.student_files import load_student, write_student
+from opsd_train.safety import checkpoints, folders
+from opsd_train.safety.atomic import CheckpointError
+from opsd_train.safety.checkpoints import checkpoint_of, newest_checkpoint
+from opsd_train.safety.optimizer_state import set_state
+from opsd_train.safety.student_files import load_student, write_student
+from opsd_train.safety.trees import load_tree, save_tree
 from opsd_train.trainer import OPSDTrainer
-from opsd_train.trees import load_tree, save_tree
+from opsd_train.watch.record import RunRecord, load_run
 
 EVERY = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 OWN = {"training_args.json", "trainer_state.json", "adapter_config.json"}  # name folders or hold times

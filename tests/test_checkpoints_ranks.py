@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from opsd_train import folders
+from opsd_train.safety import folders
 
 HERE = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {

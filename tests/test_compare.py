@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 
 from driver_tiny import TOKENIZER, tiny_model, tiny_prompts
-from opsd_train import compare, compare_report
-from opsd_train.compare import Plan, Task, execute, measure, parse_methods
-from opsd_train.compare_results import summarise
+from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
 from opsd_train.demo.run import MODEL
-from opsd_train.options import parse
-from opsd_train.record import load_run
+from opsd_train.studies import compare, compare_report
+from opsd_train.studies.compare import Plan, Task, execute, measure, parse_methods
+from opsd_train.studies.compare_results import summarise
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.watch.record import load_run
 from test_driver_run import invoke
 
 DEFAULTS = [

@@ -9,10 +9,10 @@ import pytest
 from pyarrow import parquet
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_prompts, tiny_trainer
-from opsd_train import completions
-from opsd_train.completions import SCHEMA, kept, to_rows, write_parquet
-from opsd_train.record import RunRecord
 from opsd_train.rollouts import Rollout
+from opsd_train.watch import completions
+from opsd_train.watch.completions import SCHEMA, kept, to_rows, write_parquet
+from opsd_train.watch.record import RunRecord
 from test_driver_methods import method_trainer, replace_verifier
 
 

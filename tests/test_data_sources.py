@@ -8,11 +8,11 @@ import datasets
 import pytest
 
 from driver_tiny import tiny_config
-from opsd_train import generated, sources
-from opsd_train.data import Reading, load, load_rows
-from opsd_train.prompts import Prompt, Templates
+from opsd_train.data import generated, sources
+from opsd_train.data.rows import Reading, load, load_rows
+from opsd_train.evaluation.verify import Verifier
+from opsd_train.reading.prompts import Prompt, Templates
 from opsd_train.run_options import RunOptions
-from opsd_train.verify import Verifier
 
 TEMPLATES = Templates("{problem}", "{solution};{problem}", "{privileged_context};{prompt}")
 RECORDS = [{"problem": "1+2=", "solution": "3"}, {"problem": "2+2=", "solution": "4"}]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from opsd_kernels import Logits
-from opsd_train.alignment import cosine, jackknife
-from opsd_train.diagnose import Candidate, Probe, choose, diagnose, objective_loss
-from opsd_train.prompts import Prompt
+from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import Sampling, Vocabulary, generate
-from opsd_train.teachers import Teacher
+from opsd_train.studies.alignment import cosine, jackknife
+from opsd_train.studies.diagnose import Candidate, Probe, choose, diagnose, objective_loss
+from opsd_train.teachers.weights import Teacher
 
 ANSWER = 9  # a token
 

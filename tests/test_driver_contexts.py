@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from driver_tiny import TOKENIZER
-from opsd_train.contexts import Attempt, Context, Known, context
-from opsd_train.data import load_rows
-from opsd_train.prompts import CONTEXT_TEMPLATE, TEACHER_TEMPLATE, Encoder, Templates
-from opsd_train.roles import Reading, Roles, all_known, collate_role, group_ids
-from opsd_train.texts import final_answer, steps, without_thoughts
+from opsd_train.data.rows import load_rows
+from opsd_train.reading.contexts import Attempt, Context, Known, context
+from opsd_train.reading.prompts import CONTEXT_TEMPLATE, TEACHER_TEMPLATE, Encoder, Templates
+from opsd_train.reading.roles import Reading, Roles, all_known, collate_role, group_ids
+from opsd_train.reading.texts import final_answer, steps, without_thoughts
 
 SOLUTION = "First a.\n\nThen b.\n\nThen c.\n\nSo \\boxed{\\frac{1}{2}}."
 

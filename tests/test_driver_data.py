@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_prompts
-from opsd_train.data import load_rows
-from opsd_train.prompts import Encoder, Templates, fill, pad_left, pad_right
+from opsd_train.data.rows import load_rows
+from opsd_train.reading.prompts import Encoder, Templates, fill, pad_left, pad_right
 
 TEMPLATES = Templates("{problem}", "{solution};{problem}", "{privileged_context};{prompt}")
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]

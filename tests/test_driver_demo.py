@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opsd_train.demo.run import MODEL
-from opsd_train.record import load_run
+from opsd_train.watch.record import load_run
 from test_driver_run import invoke
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the demo's model is not in this checkout")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opsd_train.exposure import (
+from opsd_train.pieces.exposure import (
     EXPOSURE_FILE,
     Exposure,
     ExposureSettings,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_train.horizon import Counting, Turns, horizon, turn_mask
+from opsd_train.pieces.horizon import Counting, Turns, horizon, turn_mask
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
 TURN = torch.tensor([[0, 0, 1, 2, 7], [0, 0, 1, 1, 3], [0, 9, 9, 9, 9], [0, 0, 0, 0, 0]])

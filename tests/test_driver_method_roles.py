@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
-from opsd_train.data import load_rows
+from opsd_train.data.rows import load_rows
+from opsd_train.evaluation.verify import Verifier
 from opsd_train.method import MethodRun
-from opsd_train.prompts import Encoder
+from opsd_train.reading.prompts import Encoder
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
-from opsd_train.verify import Verifier
 from test_driver_methods import TEMPLATES, method_trainer, replace_verifier
 
 CPU = torch.device("cpu")

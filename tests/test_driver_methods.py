@@ -13,11 +13,11 @@ import opsd_kernels
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
 from opsd_kernels import methods
 from opsd_kernels.methods.needs import columns
-from opsd_train.data import load_rows
+from opsd_train.data.rows import load_rows
+from opsd_train.evaluation.verify import Verifier
 from opsd_train.method import MethodRun
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
-from opsd_train.verify import Verifier
 
 TEMPLATES = {
     name: f"{{{column}}};{{problem}}"

@@ -8,10 +8,10 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from opsd_train.cli import app
+from opsd_train.commands.main import app
 from opsd_train.demo.run import MODEL
 from opsd_train.demo.task import train_problems
-from opsd_train.record import load_run
+from opsd_train.watch.record import load_run
 
 METHODS = {
     "opsd": {},

@@ -9,15 +9,15 @@ import torch
 from torch.nn.functional import log_softmax
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
-from opsd_train.data import load_rows
-from opsd_train.offline import CacheOptions, Writer
-from opsd_train.offline_cache import Cache
-from opsd_train.offline_train import stored_columns
-from opsd_train.record import load_run
+from opsd_train.data.rows import load_rows
+from opsd_train.offline.cache import Cache
+from opsd_train.offline.collect import CacheOptions, Writer
+from opsd_train.offline.train import stored_columns
 from opsd_train.rollouts import Sampling, Vocabulary
-from opsd_train.teachers import Teacher
+from opsd_train.teachers.weights import Teacher
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.watch.record import load_run
 from test_driver_run import invoke, write_rows
 
 OPTIONS = CacheOptions(Sampling(1.0, 1.0, 0, 6, 8), samples=3, top_k=4, shard_size=7, seed=1)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_trainer
+from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
-from opsd_train.data import load_rows
-from opsd_train.exposure import EXPOSURE_FILE, ExposureSettings
-from opsd_train.horizon import Counting, Turns
+from opsd_train.data.rows import load_rows
 from opsd_train.loading import with_lora
-from opsd_train.options import parse
-from opsd_train.pieces_config import PiecesConfig
+from opsd_train.pieces.config import PiecesConfig
+from opsd_train.pieces.exposure import EXPOSURE_FILE, ExposureSettings
+from opsd_train.pieces.horizon import Counting, Turns
 from opsd_train.run_options import RunOptions
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer

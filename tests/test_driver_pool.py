@@ -5,13 +5,13 @@ import torch
 
 from driver_tiny import TOKENIZER, tiny_model
 from opsd_kernels import LogLinear
-from opsd_train.contexts import Attempt, Context
-from opsd_train.data import load_rows
-from opsd_train.pool import score_pool
-from opsd_train.prompts import Encoder, Templates, pad_right
-from opsd_train.readers import logprobs_of
-from opsd_train.roles import Roles, collate_role
-from opsd_train.teachers import Teacher
+from opsd_train.data.rows import load_rows
+from opsd_train.reading.contexts import Attempt, Context
+from opsd_train.reading.pool import score_pool
+from opsd_train.reading.prompts import Encoder, Templates, pad_right
+from opsd_train.reading.readers import logprobs_of
+from opsd_train.reading.roles import Roles, collate_role
+from opsd_train.teachers.weights import Teacher
 
 AUDIBLE = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts, tiny_trainer
-from opsd_train.data import load_rows
-from opsd_train.private import epsilon
-from opsd_train.private_run import PrivateSettings, PrivateSteps
+from opsd_train.data.rows import load_rows
+from opsd_train.pieces.private import epsilon
+from opsd_train.pieces.private_run import PrivateSettings, PrivateSteps
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_prompts
-from opsd_train.prompts import Prompt
+from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import (
     Rollout,
     Sampling,

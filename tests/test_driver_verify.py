@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from opsd_train.data import Row
-from opsd_train.diversity import diversity
-from opsd_train.evaluate import same_mathematics
-from opsd_train.prompts import Prompt
-from opsd_train.verify import Verifier
+from opsd_train.data.rows import Row
+from opsd_train.evaluation.diversity import diversity
+from opsd_train.evaluation.judge import same_mathematics
+from opsd_train.evaluation.verify import Verifier
+from opsd_train.reading.prompts import Prompt
 
 
 def prompt(answer: str | None, **columns: Any) -> Prompt:

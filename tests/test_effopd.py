@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from driver_tiny import TOKENIZER, tiny_model, tiny_trainer
-from opsd_train.effopd import Extrapolation, Trial
 from opsd_train.loading import with_lora
-from opsd_train.prompts import Prompt, decode
+from opsd_train.pieces.effopd import Extrapolation, Trial
+from opsd_train.reading.prompts import Prompt, decode
 from opsd_train.trainer import OPSDTrainer
 
 START, MOVED = torch.tensor([1.0, -2.0]), torch.tensor([1.5, -2.5])

@@ -20,7 +20,7 @@ from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.server import make_server_engine
 from opsd_train.rollouts import Sampling, Vocabulary, generate
-from opsd_train.served import Scorer, ServedRule
+from opsd_train.teachers.served import Scorer, ServedRule
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

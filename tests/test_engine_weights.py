@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, MixtralForCausalLM, PreTrainedModel
 
 from driver_tiny import tiny_model
-from opsd_train.effective import frozen_copy
 from opsd_train.engines.weights import checksum, weights_of
+from opsd_train.teachers.effective import frozen_copy
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 32}
 

@@ -14,15 +14,15 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_trainer
-from opsd_train import eval_run
-from opsd_train.cli import app
-from opsd_train.evaluate import wilson
-from opsd_train.examine import Findings, Judged, from_metrics, to_metrics
+from opsd_train.commands.main import app
+from opsd_train.evaluation import run as eval_run
+from opsd_train.evaluation.examine import Findings, Judged, from_metrics, to_metrics
+from opsd_train.evaluation.judge import wilson
+from opsd_train.evaluation.passk import bootstrap, mean_pass_at_k, pass_at_k
+from opsd_train.evaluation.verify import Verifier
 from opsd_train.loading import with_lora
-from opsd_train.passk import bootstrap, mean_pass_at_k, pass_at_k
-from opsd_train.record import RunRecord, load_run
 from opsd_train.run_options import RunOptions
-from opsd_train.verify import Verifier
+from opsd_train.watch.record import RunRecord, load_run
 
 GIVEN = ["--max-completion-length", "4", "--use_cpu", "--student-template", "{problem}"]
 

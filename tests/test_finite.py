@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
-from opsd_train.data import load_rows
-from opsd_train.finite import BadSteps
+from opsd_train.data.rows import load_rows
 from opsd_train.loading import with_lora
-from opsd_train.private import NotFinite, PrivateGradient
-from opsd_train.progress import RecordCallback
-from opsd_train.record import METRICS, RunRecord
+from opsd_train.pieces.private import NotFinite, PrivateGradient
+from opsd_train.safety.finite import BadSteps
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.watch.progress import RecordCallback
+from opsd_train.watch.record import METRICS, RunRecord
 from poison import KINDS, Snapshots, poison
 from ranks import run_ranks
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from driver_tiny import tiny_model, tiny_trainer
-from opsd_train import folders
-from opsd_train.checkpoints import checkpoint_of, complete, step_of
 from opsd_train.loading import with_lora
-from opsd_train.progress import RecordCallback
-from opsd_train.record import RunRecord, load_run
+from opsd_train.safety import folders
+from opsd_train.safety.checkpoints import checkpoint_of, complete, step_of
+from opsd_train.watch.progress import RecordCallback
+from opsd_train.watch.record import RunRecord, load_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 KILLS, STEPS = 50, 5

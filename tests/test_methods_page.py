@@ -12,8 +12,8 @@ from opsd_kernels.methods.needs import columns
 from opsd_kernels.methods.page import MODULES, page
 from opsd_kernels.recipes import Recipe
 from opsd_kernels.tokens import DATA
-from opsd_train.contexts import context
-from opsd_train.teacher_rule import KINDS
+from opsd_train.reading.contexts import context
+from opsd_train.teachers.rule import KINDS
 
 ROOT = Path(__file__).parent.parent
 MECHANICS = {

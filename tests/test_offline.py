@@ -10,15 +10,15 @@ import torch
 
 import opsd_kernels
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_prompts
-from opsd_train import offline_cache
 from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.demo.run import MODEL
 from opsd_train.demo.task import is_held_out
-from opsd_train.offline import CacheOptions, Writer
-from opsd_train.offline_cache import Cache, collate_cached
-from opsd_train.prompts import Prompt
+from opsd_train.offline import cache as offline_cache
+from opsd_train.offline.cache import Cache, collate_cached
+from opsd_train.offline.collect import CacheOptions, Writer
+from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import Sampling, Vocabulary, collate
-from opsd_train.teachers import Teacher, TrustRegionTeacher
+from opsd_train.teachers.weights import Teacher, TrustRegionTeacher
 from test_driver_run import invoke, write_rows
 
 OPTIONS = CacheOptions(Sampling(1.0, 1.0, 0, 6, 4), samples=2, top_k=3, temperature=0.7, shard_size=5, seed=1)

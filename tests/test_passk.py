@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from opsd_train.passk import bootstrap, mean_pass_at_k, pass_at_k
+from opsd_train.evaluation.passk import bootstrap, mean_pass_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])

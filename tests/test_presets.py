@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
-from opsd_train.cli import app
+from opsd_train.commands.main import app
+from opsd_train.commands.options import layers, parse
+from opsd_train.commands.presets import names, preset
 from opsd_train.config import OPSDConfig
-from opsd_train.data import load_rows
-from opsd_train.options import layers, parse
-from opsd_train.presets import names, preset
-from opsd_train.prompts import Encoder
+from opsd_train.data.rows import load_rows
+from opsd_train.reading.prompts import Encoder
 from opsd_train.run_options import RunOptions
 from opsd_train.train import make_trainer
 

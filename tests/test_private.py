@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_train.private import PrivateGradient, epsilon, noise_multiplier_for, renyi
+from opsd_train.pieces.private import PrivateGradient, epsilon, noise_multiplier_for, renyi
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opsd_kernels import Entropy, Hidden, Objective, Recipe, Term, Weight, loss, methods
-from opsd_train.compare import parse_methods
+from opsd_train.studies.compare import parse_methods
 
 FORWARD = Objective("forward_kl")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opsd_train.record import RunRecord, load_run
+from opsd_train.watch.record import RunRecord, load_run
 from run_samples import AFTER, BEFORE, accuracy, rollout, token
 
 

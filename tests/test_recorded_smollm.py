@@ -25,7 +25,7 @@ from bench.sparsity import (
 )
 from opsd_kernels import Hidden, loss, loss_and_stats
 from opsd_kernels.testing import eager_loss, relative_error
-from opsd_train.prompts import Prompt
+from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import until_end
 
 SLAB = 256  # rows of full fp64 logits at once

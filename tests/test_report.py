@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd_train.charts import Series, draw, number, ticks
-from opsd_train.highlight import FULL_NATS, LEVELS, contrast, level_of, palette
-from opsd_train.record import Accuracy, RunRecord, load_run
-from opsd_train.report import verdict, write_report
+from opsd_train.report.charts import Series, draw, number, ticks
+from opsd_train.report.highlight import FULL_NATS, LEVELS, contrast, level_of, palette
+from opsd_train.report.page import verdict, write_report
+from opsd_train.watch.record import Accuracy, RunRecord, load_run
 from run_samples import AFTER, BEFORE, accuracy, rollout, token
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from opsd_train.record import RunRecord
-from opsd_train.report import write_report
+from opsd_train.report.page import write_report
+from opsd_train.watch.record import RunRecord
 from run_samples import AFTER, BEFORE, rollout, token
 
 BROWSER = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)

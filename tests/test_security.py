@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from driver_tiny import TOKENIZER, tiny_model, tiny_trainer
-from opsd_train.checkpoints import checkpoint_of
 from opsd_train.loading import load, with_lora
+from opsd_train.safety.checkpoints import checkpoint_of
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [

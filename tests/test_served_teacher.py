@@ -9,7 +9,7 @@ from fake_vllm_server import FakeServer
 from opsd_kernels import Objective, Support
 from opsd_train.engines.base import EngineError
 from opsd_train.rollouts import collate
-from opsd_train.served import most_likely
+from opsd_train.teachers.served import most_likely
 from opsd_train.trainer import TRAINING
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers import TrainerCallback
 
 from driver_tiny import tiny_model, tiny_trainer
-from opsd_train import stops
 from opsd_train.loading import with_lora
 from opsd_train.rollouts import Vocabulary
+from opsd_train.safety import stops
 from opsd_train.trainer import OPSDTrainer
 
 SETTINGS: dict[str, Any] = {

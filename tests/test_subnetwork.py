@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from driver_tiny import tiny_model, tiny_trainer
-from opsd_train.subnetwork import from_checkpoints, load_masks, moved_most, restrict, save_masks
+from opsd_train.pieces.subnetwork import from_checkpoints, load_masks, moved_most, restrict, save_masks
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:

@@ -15,12 +15,12 @@ from transformers import TrainerControl, TrainerState
 
 from driver_tiny import tiny_config, tiny_prompts, tiny_trainer
 from opsd_kernels import Hidden, Masses, Sampled, TokenStats
-from opsd_train.meter import FIELDS, Meter
-from opsd_train.metrics import BUCKETS, METRICS, bucket_name, teacher_mass
-from opsd_train.phases import PHASES, Phases
-from opsd_train.progress import ProgressCallback
 from opsd_train.rollouts import Rollout
-from opsd_train.trackers import aim
+from opsd_train.watch.meter import FIELDS, Meter
+from opsd_train.watch.metrics import BUCKETS, METRICS, bucket_name, teacher_mass
+from opsd_train.watch.phases import PHASES, Phases
+from opsd_train.watch.progress import ProgressCallback
+from opsd_train.watch.trackers import aim
 from test_driver_methods import method_trainer, replace_verifier
 
 CPU = torch.device("cpu")

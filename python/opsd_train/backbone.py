@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from opsd_kernels import Hidden, LogLinear
-from opsd_train.prompts import Prompt
+from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import evaluating
 
 

@@ -8,15 +8,15 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
-from opsd_train import prompts
 from opsd_train.engines.config import EngineConfig
 from opsd_train.method_config import MethodConfig, option
-from opsd_train.pieces_config import PiecesConfig
-from opsd_train.safety_config import SafetyConfig
-from opsd_train.served_config import ServedConfig
-from opsd_train.teacher_rule import TeacherRule
-from opsd_train.thinking_config import ThinkingConfig
-from opsd_train.watch_config import WatchConfig
+from opsd_train.pieces.config import PiecesConfig
+from opsd_train.reading import prompts
+from opsd_train.reading.config import ThinkingConfig
+from opsd_train.safety.config import SafetyConfig
+from opsd_train.teachers.rule import TeacherRule
+from opsd_train.teachers.served_config import ServedConfig
+from opsd_train.watch.config import WatchConfig
 
 
 @dataclass

@@ -14,14 +14,14 @@ from opsd_kernels.denominators import denominators
 from opsd_kernels.methods.needs import columns as columns_of
 from opsd_kernels.schedules import linear
 from opsd_kernels.tokens import DATA
-from opsd_train.columns import Step, row_of, step_column
-from opsd_train.contexts import STEPS, Attempt, Context
-from opsd_train.data import Row
-from opsd_train.pool import score_pool
-from opsd_train.prompts import Encoder, decode
-from opsd_train.roles import Roles, collate_role
+from opsd_train.data.columns import Step, row_of, step_column
+from opsd_train.data.rows import Row
+from opsd_train.evaluation.verify import Verifier
+from opsd_train.reading.contexts import STEPS, Attempt, Context
+from opsd_train.reading.pool import score_pool
+from opsd_train.reading.prompts import Encoder, decode
+from opsd_train.reading.roles import Roles, collate_role
 from opsd_train.rollouts import Rollout, collate, counted
-from opsd_train.verify import Verifier
 
 # Roles that the initial weights read, whatever the teacher's rule.
 FROZEN = ("reference", "base", "initial")

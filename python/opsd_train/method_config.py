@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from opsd_kernels import get_method
-from opsd_train.contexts import Context, context
-from opsd_train.horizon import horizon
+from opsd_train.evaluation.verify import Verifier, imported
 from opsd_train.method import MethodRun, make_roles
-from opsd_train.prompts import Encoder
-from opsd_train.roles import Roles
-from opsd_train.verify import Verifier, imported
+from opsd_train.pieces.horizon import horizon
+from opsd_train.reading.contexts import Context, context
+from opsd_train.reading.prompts import Encoder
+from opsd_train.reading.roles import Roles
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from opsd_train import stops
-from opsd_train.prompts import Prompt, pad_left, pad_right
+from opsd_train.reading.prompts import Prompt, pad_left, pad_right
+from opsd_train.safety import stops
 
 
 @dataclass(frozen=True)

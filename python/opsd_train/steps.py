@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd_train.columns import Step
-from opsd_train.horizon import Counting
+from opsd_train.data.columns import Step
 from opsd_train.method import MethodRun
-from opsd_train.offline_cache import CachedRollout
-from opsd_train.offline_train import stored_columns
+from opsd_train.offline.cache import CachedRollout
+from opsd_train.offline.train import stored_columns
+from opsd_train.pieces.horizon import Counting
 from opsd_train.rollouts import Rollout, collate
 
 

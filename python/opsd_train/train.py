@@ -15,21 +15,23 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from opsd_kernels import get_method
-from opsd_train import data, record, stops, trackers
 from opsd_train.backbone import causal_lm
-from opsd_train.checkpoints import newest_checkpoint, step_of
 from opsd_train.config import OPSDConfig
-from opsd_train.data import Row
-from opsd_train.inspection import inspect_rollouts
+from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
+from opsd_train.data.rows import Row
+from opsd_train.data.rows import load as load_rows
 from opsd_train.loading import load, with_lora
-from opsd_train.meter import peak_memory_gb
-from opsd_train.progress import ProgressCallback, RecordCallback, accuracy_table
-from opsd_train.prompts import Encoder
-from opsd_train.quarantine import BAD_ROWS, Refuse, count, stop
-from opsd_train.record import RunRecord, load_run
-from opsd_train.report import write_report
+from opsd_train.reading.prompts import Encoder
+from opsd_train.report.page import write_report
 from opsd_train.run_options import RunOptions
+from opsd_train.safety import stops
+from opsd_train.safety.checkpoints import newest_checkpoint, step_of
 from opsd_train.trainer import OPSDTrainer
+from opsd_train.watch import record, trackers
+from opsd_train.watch.inspection import inspect_rollouts
+from opsd_train.watch.meter import peak_memory_gb
+from opsd_train.watch.progress import ProgressCallback, RecordCallback, accuracy_table
+from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
@@ -39,7 +41,7 @@ def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrai
     """Load what `opsd train` was given. Raises ValueError for anything that is wrong with it."""
     check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
     last_checkpoint(config)
-    loaded = data.load(options, config)
+    loaded = load_rows(options, config)
     for note in loaded.notes:
         console.print(note, highlight=False, markup=False)
     with console.status(f"loading {options.model}"):

@@ -10,29 +10,29 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 import opsd_kernels
 from opsd_kernels import Hidden, LogLinear, Objective, TopK
-from opsd_train import stops
-from opsd_train.atomic import AtomicCheckpoints
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
-from opsd_train.checkpoints import StepCallback
-from opsd_train.completions import Completions
 from opsd_train.config import OPSDConfig
-from opsd_train.effopd import hold_back
+from opsd_train.data.sampler import parts_of
 from opsd_train.engines.agreement import Agreement, check_engine_columns
 from opsd_train.engines.make import make_engine
-from opsd_train.examined import EVALUATION, TRAINING, Examined
-from opsd_train.finite import FiniteSteps
-from opsd_train.meter import Meter, logs_next
+from opsd_train.evaluation.examined import EVALUATION, TRAINING, Examined
 from opsd_train.method import MethodRun
-from opsd_train.metrics import teacher_mass
-from opsd_train.offline_train import StoredReaders, StoredRollouts
-from opsd_train.pieces import Pieces
-from opsd_train.prompts import Prompt
-from opsd_train.readers import Readers
+from opsd_train.offline.train import StoredReaders, StoredRollouts
+from opsd_train.pieces.effopd import hold_back
+from opsd_train.pieces.parts import Pieces
+from opsd_train.reading.prompts import Prompt
+from opsd_train.reading.readers import Readers
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, counted
-from opsd_train.sampler import parts_of
+from opsd_train.safety import stops
+from opsd_train.safety.atomic import AtomicCheckpoints
+from opsd_train.safety.checkpoints import StepCallback
+from opsd_train.safety.finite import FiniteSteps
 from opsd_train.sharding import Ranks
 from opsd_train.steps import Written, method_batches, plain_batches
-from opsd_train.teachers import Teacher, make_teacher
+from opsd_train.teachers.weights import Teacher, make_teacher
+from opsd_train.watch.completions import Completions
+from opsd_train.watch.meter import Meter, logs_next
+from opsd_train.watch.metrics import teacher_mass
 
 
 class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
-from opsd_train.data import load_rows
+from opsd_train.data.rows import load_rows
 from opsd_train.demo import task
 from opsd_train.loading import load
-from opsd_train.options import parse
 from opsd_train.train import check_output, make_trainer
 from opsd_train.trainer import OPSDTrainer
 

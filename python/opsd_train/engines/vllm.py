@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import torch
 
-from opsd_train import stops
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine, EngineError
@@ -21,8 +20,9 @@ from opsd_train.engines.surroundings import determined, undisturbed
 from opsd_train.engines.watchdog import Beat, Watchdog, end_processes
 from opsd_train.engines.weights import Named, tied_head, weights_of, whole
 from opsd_train.rollouts import Sampling, Vocabulary, until_end
+from opsd_train.safety import stops
+from opsd_train.safety.stops import Stopped
 from opsd_train.sharding import gathered
-from opsd_train.stops import Stopped
 
 # In this process, so that the weights need not travel; quiet; telling nobody.
 ENVIRONMENT = {

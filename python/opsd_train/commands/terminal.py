@@ -1,0 +1,49 @@
+"""What the commands share: the console, one message for a mistake, quiet libraries."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+console = Console()
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def quiet() -> None:
+    """One progress bar is enough: the driver's own."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print what the user got wrong as one message, without a traceback, and leave with exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code=2) from None
+
+
+@contextmanager
+def early_ends() -> Iterator[None]:
+    """Print why a run ended early as one message, and leave with its exit code.
+
+    128 plus its number for a signal that stopped the run (143 for SIGTERM, 130 for SIGINT), 1 for steps that
+    were not finite, an engine that failed and a checkpoint that could not be written.
+    """
+    from opsd_train.engines.base import EngineError
+    from opsd_train.safety.atomic import CheckpointError
+    from opsd_train.safety.finite import BadSteps
+    from opsd_train.safety.stops import Stopped
+
+    try:
+        yield
+    except (Stopped, BadSteps, EngineError, CheckpointError) as error:
+        Console(stderr=True).print(f"[red]ended:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code=error.code if isinstance(error, Stopped) else 1) from None

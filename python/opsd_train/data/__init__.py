@@ -1,0 +1,1 @@
+"""Rows: where they are, what they hold, which of them are refused."""

@@ -1,0 +1,95 @@
+"""What `opsd check` shows."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.config import OPSDConfig
+from opsd_train.data.check import QUANTILES, Findings, quantile
+from opsd_train.loading import Reader
+from opsd_train.reading.prompts import Prompt, decode
+
+PROMPT_TOKENS, COMPLETION_TOKENS = 10, 6
+
+
+def tables(
+    found: Findings, config: OPSDConfig, reader: Reader | None, rows: int, refused: int
+) -> Iterator[RenderableType]:
+    """Everything found, `rows` rows token by token, and the first of what would be refused."""
+    yield _overview(found)
+    if found.lengths:
+        yield _lengths(found, config, reader)
+    if reader is not None:
+        for prompt in found.prompts[:rows]:
+            yield _tokens(prompt, reader.tokenizer)
+    for warning in found.warnings:
+        yield f"[yellow]warning:[/yellow] {escape(warning)}"
+    for reason in found.refused[:refused]:
+        yield f"[red]refused:[/red] {escape(reason)}"
+    if found.refused:
+        yield f"[red]{len(found.refused):,} rows would be refused[/red]"
+    else:
+        yield f"[green]all {len(found.rows):,} rows would be trained on[/green]"
+
+
+def _overview(found: Findings) -> Table:
+    table = Table("columns", "rows", title=f"{len(found.rows):,} rows", title_justify="left")
+    for name, count in found.conventions.most_common():
+        table.add_row(f"[bold]{escape(name)}[/bold]", f"{count:,}")
+    for name, count in found.columns.most_common():
+        table.add_row(escape(name), f"{count:,}")
+    return table
+
+
+def _lengths(found: Findings, config: OPSDConfig, reader: Reader | None) -> Table:
+    budgets = {
+        "student": ("the student's prompt (max_prompt_length)", config.max_prompt_length),
+        "teacher": ("the teacher's prompt (max_teacher_prompt_length)", config.max_teacher_prompt_length),
+        "solution": ("the solution (max_completion_length)", config.max_completion_length),
+    }
+    table = Table("tokens", title="lengths", title_justify="left")
+    for name in (*QUANTILES, "budget", "over it"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = [(*budgets[name], lengths) for name, lengths in found.lengths.items() if lengths]
+    if reader is not None and reader.positions is not None:
+        prompts = zip(found.lengths["student"], found.lengths["teacher"], strict=True)
+        whole = [max(pair) + config.max_completion_length for pair in prompts]
+        shown.append(("the longer prompt and a completion (the model's positions)", reader.positions, whole))
+    for label, budget, lengths in shown:
+        numbers = [f"{quantile(lengths, share):,}" for share in QUANTILES.values()]
+        over = sum(length > budget for length in lengths)
+        table.add_row(label, *numbers, f"{budget:,}", f"{over:,}")
+    return table
+
+
+def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Table:
+    """The last tokens of both prompts side by side, and the solution's first as if it were the completion."""
+    text = "" if prompt.row is None else prompt.row.columns.get("solution") or prompt.answer or ""
+    completion = tokenizer(str(text), add_special_tokens=False)["input_ids"][:COMPLETION_TOKENS]
+    table = Table(
+        "",
+        "student",
+        "",
+        "teacher",
+        "",
+        title=f"{escape(prompt.where)}, where they meet",
+        title_justify="left",
+    )
+    count = min(PROMPT_TOKENS, len(prompt.student_ids), len(prompt.teacher_ids))
+    pairs = list(zip(prompt.student_ids[-count:], prompt.teacher_ids[-count:], strict=True))
+    for number, (ours, theirs) in enumerate(pairs, start=1):
+        label = "prompt" if number == 1 else "" if ours == theirs else "differs"
+        table.add_row(
+            label, *_cells(tokenizer, ours), *_cells(tokenizer, theirs), end_section=number == len(pairs)
+        )
+    for number, token in enumerate(completion):
+        cells = _cells(tokenizer, token)
+        table.add_row("completion" if number == 0 else "", *cells, *cells)
+    return table
+
+
+def _cells(tokenizer: PreTrainedTokenizerBase, token: int) -> Sequence[str]:
+    return str(token), escape(repr(decode(tokenizer, [token])))

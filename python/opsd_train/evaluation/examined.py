@@ -1,0 +1,64 @@
+"""The part of the trainer that measures the student: evaluations, and the validation of a search."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from opsd_train.config import OPSDConfig
+from opsd_train.evaluation.examine import Exam, Findings, to_metrics
+from opsd_train.evaluation.verify import Verifier
+from opsd_train.reading.prompts import Prompt
+from opsd_train.rollouts import Rollout, Sampling
+
+TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
+
+
+class Examined(Trainer):
+    """Evaluates by letting the student complete prompts, whose completions a verifier judges."""
+
+    config: OPSDConfig
+    judge: Verifier
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    held_out: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    engine_behind: bool
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
+    ) -> list[Rollout]:
+        """Let the student complete every prompt."""
+        raise NotImplementedError
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Sequence[Prompt] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy and sampled accuracy of the student and pass@k, with their 95 % intervals."""
+        start = time.perf_counter()
+        found = self.examine(self.held_out if eval_dataset is None else eval_dataset)
+        metrics = to_metrics(found.evaluation(self.state.global_step), metric_key_prefix)
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def examine(self, prompts: Sequence[Prompt]) -> Findings:
+        """Let the student answer `prompts`; ValueError for one that cannot be judged."""
+        sampling = dataclasses.replace(self.sampling, batch_size=self.config.per_device_eval_batch_size)
+        exam = Exam(self.judge, self.tokenizer, sampling, self.config.eval_samples, self.config.to_ks())
+        stream = (EVALUATION, self.state.global_step)
+        return exam.hold(lambda asked, drawn: self.roll_out(asked, drawn, stream), prompts)
+
+    def validate(self) -> float:
+        """Greedy accuracy on the rows held back."""
+        greedy = dataclasses.replace(self.sampling, temperature=0.0)
+        self.engine_behind = True  # the search moves the weights between steps
+        rollouts = self.roll_out(self.validation, greedy, (EVALUATION, self.state.global_step))
+        right = self.judge.judge(rollouts, self.tokenizer)
+        self.engine_behind = True
+        return sum(right) / len(right)

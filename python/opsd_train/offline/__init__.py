@@ -1,0 +1,1 @@
+"""Rollouts and what the teacher said of them, on disk."""

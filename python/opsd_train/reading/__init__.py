@@ -1,0 +1,1 @@
+"""What student and teachers are given to read: messages, contexts, token ids."""

@@ -1,0 +1,206 @@
+"""From a row's messages to token ids: templates, the chat template, budgets, left padding."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from opsd_train.data.quarantine import Refuse, stop
+from opsd_train.reading import thinking
+
+if TYPE_CHECKING:
+    from opsd_train.config import OPSDConfig
+    from opsd_train.data.rows import Row
+
+Message: TypeAlias = dict[str, str]
+
+STUDENT_TEMPLATE = "{problem}\n\nReason step by step, then state the final answer."
+TEACHER_TEMPLATE = (
+    "{problem}\n\n"
+    "A reference solution to this problem follows.\n\n{solution}\n\n"
+    "Read it until you understand why every step holds. Then put it aside and solve the problem yourself, in "
+    "your own words. Reason step by step, then state the final answer."
+)
+CONTEXT_TEMPLATE = (
+    "{prompt}\n\n"
+    "What follows is known to you alone.\n\n{privileged_context}\n\n"
+    "Take it into account, but answer in your own words and without mentioning it."
+)
+
+
+@dataclass(frozen=True)
+class Templates:
+    """What the student and the teacher read; `{name}` stands for a column, any other brace for itself.
+
+    Args:
+        student: user message of the student for a row with `problem` and `solution`.
+        teacher: user message of the teacher for the same row.
+        context: user message of the teacher for a row with `prompt` and `privileged_context`.
+    """
+
+    student: str = STUDENT_TEMPLATE
+    teacher: str = TEACHER_TEMPLATE
+    context: str = CONTEXT_TEMPLATE
+
+    def __post_init__(self) -> None:
+        _require("student_template", self.student, present=("problem",), absent=("solution",))
+        _require("teacher_template", self.teacher, present=("problem", "solution"))
+        _require("context_template", self.context, present=("prompt", "privileged_context"))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row as the model reads it: the ids of the student's and the teacher's prompt, and the row."""
+
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+    answer: str | None
+    where: str
+    row: "Row | None" = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenises rows and holds them to their budgets.
+
+    Args:
+        tokenizer: its chat template is used when it has one.
+        max_prompt_length: most tokens in a student's prompt, chat template included.
+        max_teacher_prompt_length: the same for the teacher.
+        student_chat_kwargs: what the student's chat template is given besides (`{"enable_thinking": False}`).
+        teacher_chat_kwargs: the same for the teacher's.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_length: int
+    max_teacher_prompt_length: int
+    student_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, config: "OPSDConfig") -> "Encoder":
+        """With the budgets and switches of a run."""
+        return cls(
+            tokenizer,
+            config.max_prompt_length,
+            config.max_teacher_prompt_length,
+            config.student_chat_kwargs,  # type: ignore[arg-type]
+            config.teacher_chat_kwargs,  # type: ignore[arg-type]
+        )
+
+    def ignored_switches(self) -> list[str]:
+        """A sentence for each switch (`enable_thinking`) that is set and that the chat template lacks."""
+        student, teacher = self.student_chat_kwargs, self.teacher_chat_kwargs
+        return thinking.ignored(self.tokenizer, student=student, teacher=teacher)
+
+    def encode(self, rows: "Sequence[Row]", refuse: Refuse = stop) -> list[Prompt]:
+        """Tokenise every row; one that does not fit is refused by its place, nothing is truncated."""
+        prompts = []
+        for row, encoded in zip(rows, self._encoded_rows(rows), strict=True):
+            try:
+                student, teacher = encoded or self._encoded_row(row)
+                self.check_budget(row, len(student), len(teacher))
+            except ValueError as error:
+                refuse(str(error), row.where, row.record)
+            else:
+                prompts.append(Prompt(tuple(student), tuple(teacher), row.answer, row.where, row))
+        return prompts
+
+    def _encoded_rows(self, rows: "Sequence[Row]") -> Sequence[tuple[list[int], list[int]] | None]:
+        """The ids of student and teacher in one go; None for every row if one of them cannot be encoded."""
+        try:
+            student = self._ids([row.student for row in rows], self.student_chat_kwargs)
+            teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs)
+        except ValueError:
+            return [None] * len(rows)
+        return list(zip(student, teacher, strict=True))
+
+    def _encoded_row(self, row: "Row") -> tuple[list[int], list[int]]:
+        try:
+            (student,) = self._ids([row.student], self.student_chat_kwargs)
+            (teacher,) = self._ids([row.teacher], self.teacher_chat_kwargs)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+        return student, teacher
+
+    def teacher_ids(self, chats: "Sequence[Sequence[Message]]") -> list[tuple[int, ...]]:
+        """What a teacher reads, as ids; they are not held to a budget here."""
+        return [tuple(ids) for ids in self._ids(chats, self.teacher_chat_kwargs)] if chats else []
+
+    def _ids(self, chats: "Sequence[Sequence[Message]]", chat_kwargs: Mapping[str, Any]) -> list[list[int]]:
+        if not chats:
+            return []
+        if self.tokenizer.chat_template is not None:
+            try:
+                texts = self.tokenizer.apply_chat_template(
+                    [list(chat) for chat in chats], tokenize=False, add_generation_prompt=True, **chat_kwargs
+                )
+            except TemplateError as error:
+                raise ValueError(
+                    f"prompt: expected messages that the chat template takes; {error}"
+                ) from error
+            # The chat template has already written the special tokens.
+            return self._encoded(list(texts), add_special_tokens=False)  # type: ignore[arg-type]
+        if any(len(chat) != 1 for chat in chats):
+            raise ValueError("prompt: expected a single message, since the tokenizer has no chat template")
+        return self._encoded([chat[0]["content"] for chat in chats])
+
+    def _encoded(self, texts: list[str], **how: bool) -> list[list[int]]:
+        try:
+            return self.tokenizer(texts, **how)["input_ids"]
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(
+                f"prompt: expected text that the tokenizer can encode, such as {texts[0][:60]!r}; {error} (a "
+                "template with words that a small vocabulary lacks? see student_template, context_templates)"
+            ) from error
+
+    def check_budget(self, row: "Row", student: int, teacher: int) -> None:
+        """ValueError for a row whose prompts have none or too many tokens."""
+        if student == 0 or teacher == 0:
+            raise ValueError(f"{row.where}: expected prompts of at least one token, got an empty one")
+        if student > self.max_prompt_length or teacher > self.max_teacher_prompt_length:
+            raise ValueError(
+                f"{row.where}: a prompt is longer than its budget: the student's has {student} tokens "
+                f"(max_prompt_length {self.max_prompt_length}), the teacher's {teacher} "
+                f"(max_teacher_prompt_length {self.max_teacher_prompt_length}); nothing is truncated"
+            )
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace each `{name}` of `values` once; what a value contains is never looked at again."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of one sequence."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `[B, L]` int64 padded on the left to the longest sequence, and their mask `[B, L]` int64."""
+    longest = max(map(len, sequences))
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in sequences]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `pad_left`, with the padding behind."""
+    longest = max(map(len, sequences))
+    ids = [list(row) + [pad_id] * (longest - len(row)) for row in sequences]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _require(name: str, template: str, present: tuple[str, ...], absent: tuple[str, ...] = ()) -> None:
+    for column in present:
+        if f"{{{column}}}" not in template:
+            raise ValueError(f"{name}: expected a template with {{{column}}}, got {template!r}")
+    for column in absent:
+        if f"{{{column}}}" in template:
+            raise ValueError(f"{name}: the student must not see {{{column}}}, got {template!r}")

@@ -1,0 +1,1 @@
+"""What a run keeps when something fails: checkpoints, skipped steps, signals."""

@@ -1,0 +1,136 @@
+"""What a person sees while a run goes on, and the callback that writes the run folder."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from opsd_train.evaluation.examine import from_metrics
+from opsd_train.evaluation.passk import Interval
+from opsd_train.watch.phases import PHASES
+from opsd_train.watch.record import Accuracy, Evaluation, RunRecord
+
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "forward_kl": "KL {:.3f}",
+    "student_entropy": "H {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "memory_gb": "{:.2f} GB",
+}
+TIMES = {f"{name}_seconds": f"{name} {{:.2f}}" for name in PHASES}
+
+
+class _Bar(Progress):
+    """A bar with a line below it."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and what stands below."""
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, style="dim", overflow="ellipsis", no_wrap=True)
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar with loss, KL divergence, entropy, speed, memory, and the seconds of a step by phase."""
+
+    def __init__(self, console: Console) -> None:
+        self.bar = _Bar(
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the newest metrics."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            shown = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
+            spent = [text.format(logs[key]) for key, text in TIMES.items() if logs.get(key, 0) >= 0.005]
+            self.bar.below = f"s/step: {'  '.join(spent)}" if spent else ""
+            self.bar.update(self.task, description="  ".join(shown))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the bar as it is."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        self.bar.stop()
+
+
+class RecordCallback(TrainerCallback):
+    """Writes metrics and evaluations into the run folder as they come."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the metrics of a step."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            self.record.log(state.global_step, logs)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write an evaluation."""
+        self.record.add_evaluation(from_metrics(kwargs["metrics"], state.global_step))
+
+
+def accuracy_table(before: Evaluation, after: Evaluation) -> Table:
+    """Held-out accuracy before and after, with 95 % confidence intervals."""
+    table = Table(
+        title=f"Held-out accuracy ({after['greedy']['total']:,} problems, 95 % confidence interval)"
+    )
+    for heading in ("decoding", f"before (step {before['step']:,})", f"after (step {after['step']:,})"):
+        table.add_column(heading)
+    first, last = intervals(before), intervals(after)
+    for name, found in last.items():
+        table.add_row(name, interval(first[name]) if name in first else "", interval(found))
+    return table
+
+
+def intervals(evaluation: Evaluation) -> dict[str, Interval]:
+    """What was measured, by name; pass@1 of several samples is their accuracy, and not told twice."""
+    found = {"greedy": _of(evaluation["greedy"]), "sampled": _of(evaluation["sampled"])}
+    return found | {
+        f"pass@{one['k']}": Interval(value=one["value"], low=one["low"], high=one["high"])
+        for one in evaluation.get("pass_at_k", [])
+        if one["k"] > 1
+    }
+
+
+def interval(found: Interval) -> str:
+    """A share with its interval, in words."""
+    return f"{found['value']:.1%}  ({found['low']:.1%} to {found['high']:.1%})"
+
+
+def _of(found: Accuracy) -> Interval:
+    return Interval(value=found["accuracy"], low=found["low"], high=found["high"])
