@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .metrics import BUCKETS, bucket_name
-from .record import Evaluation, Run
+from opsd_train.watch.metrics import BUCKETS, bucket_name
+from opsd_train.watch.record import Evaluation, Run
 
 WIDTH, HEIGHT = 340, 180
 LEFT, RIGHT, TOP, BOTTOM = 38, WIDTH - 10, 10, HEIGHT - 24

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .record import RolloutRecord, TokenRecord
+from opsd_train.watch.record import RolloutRecord, TokenRecord
 
 # Token colours: the level grows with sqrt(KL), which bounds the total variation between two distributions
 # (Pinsker), and ends at 4 nats. The scale is fixed, so that colours compare across steps and runs.

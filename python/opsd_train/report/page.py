@@ -12,11 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import charts, highlight
-from .json_files import write_atomically
-from .record import Accuracy, Evaluation, Run, load_run
-from .stack import stacked
-from .worst import worst
+from opsd_train.json_files import write_atomically
+from opsd_train.report import charts, highlight
+from opsd_train.report.stack import stacked
+from opsd_train.report.worst import worst
+from opsd_train.watch.record import Accuracy, Evaluation, Run, load_run
 
 
 def write_report(run_dir: str | Path) -> Path:

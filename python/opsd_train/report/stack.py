@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from .charts import Area, Chart, Frame, number
-from .phases import PHASES
+from opsd_train.report.charts import Area, Chart, Frame, number
+from opsd_train.watch.phases import PHASES
 
 MAX_STRETCHES = 120
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .highlight import TEACHER_SHOWN_NATS, drawn_token, visible
-from .record import RolloutRecord, TokenRecord
+from opsd_train.report.highlight import TEACHER_SHOWN_NATS, drawn_token, visible
+from opsd_train.watch.record import RolloutRecord, TokenRecord
 
 SHOWN = 12
 OF_A_ROLLOUT = 2  # one bad rollout would fill the list
