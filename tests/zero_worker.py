@@ -58,7 +58,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def strike(trainer: OPSDTrainer, kind: str, steps: list[int]) -> None:
-    """On rank 1, in these steps, the first micro-batch has a loss, or a gradient alone, that is not finite."""
+    """On rank 1, in these steps, the first micro-batch has a loss, or a gradient alone, of nan."""
     compute, seen = trainer.compute_loss, set()
 
     def struck(*args: Any, **kwargs: Any) -> torch.Tensor:

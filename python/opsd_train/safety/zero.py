@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import DeepSpeedEngineWrapper
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.nn.functional import pad
 
 from opsd_train.safety.student_files import read_student
@@ -142,7 +142,7 @@ def set_full_state(model: Module, optimizer: Any, saved: Mapping[str, Any]) -> N
                 safe_set_local_fp32_param(parameter, _share(saved[MASTERS][name], parameter))
 
 
-def _parts(model: Module, optimizer: Any) -> Iterator[tuple[int, Tensor, dict[str, Parameter]]]:
+def _parts(model: Module, optimizer: Any) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
     """What this process trains: number, fp32 values, and the parameters of which these are shares."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts = zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
