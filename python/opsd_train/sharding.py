@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -113,11 +113,14 @@ class Ranks:
 
     def inside(self, wrapper: Module, run: Callable[[], Result]) -> Result:
         """What `run` returns, called in the forward pass of wrapper, head and sharded copies."""
-        if not self.wrapped or (wrapper is self.student and not self.sharded):
+        if not self.wrapped:
             return run()
-        own = [self.student, *self.copies] if self.sharded else []
+        # Copies are sharded from the beginning, the student when it is prepared for training.
+        own = [one for one in (self.student, *self.copies) if is_sharded(one)]
         heads = [causal_lm(one).get_output_embeddings() for one in own]
-        pairs = [(wrapper, self.student), *[(one, one) for one in (*self.copies, *heads)]]
+        pairs = [(one, one) for one in (*self.copies, *heads)]
+        if wrapper is not self.student or self.sharded:
+            pairs.insert(0, (wrapper, self.student))
         return through(pairs, run)
 
     def adopt(self, model: Module) -> Module:
@@ -129,6 +132,15 @@ class Ranks:
         sharded: Module = fsdp2_prepare_model(self.accelerator, model)
         self.copies.append(sharded)
         return sharded
+
+
+def shard_on_cpus(state: PartialState) -> None:
+    """Let accelerate shard by FSDP2 on CPUs as it does on accelerators, instead of not sharding at all.
+
+    It asks for processes with an accelerator each; FSDP2 itself needs none.
+    """
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def is_sharded(model: Module) -> bool:

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from opsd_kernels import get_method
-from opsd_train.backbone import causal_lm
+from opsd_train.backbone import causal_lm, positions_of
 from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
@@ -63,15 +63,18 @@ def make_trainer(
 ) -> OPSDTrainer:
     """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets.
 
-    What happens to one over its budget is up to `refuse`; it stops the run, if nothing else is said.
+    What happens to one over its budget or the model's positions is up to `refuse`; it stops the run, if
+    nothing else is said. Raises ValueError if none to train on is left.
     """
-    encoder = Encoder.of(tokenizer, config)
+    encoder = Encoder.of(tokenizer, config, positions_of(model))
     for sentence in encoder.ignored_switches():
         warnings.warn(sentence, stacklevel=2)
     method = config.to_method(encoder)
     if method is not None:
         method.check(rows)
     prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
+    if not prompts:
+        raise ValueError(f"data: expected at least one row that fits, got none of {len(rows)}")
     return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 

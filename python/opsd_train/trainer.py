@@ -27,7 +27,7 @@ from opsd_train.safety import stops
 from opsd_train.safety.atomic import AtomicCheckpoints
 from opsd_train.safety.checkpoints import StepCallback
 from opsd_train.safety.finite import FiniteSteps
-from opsd_train.sharding import Ranks
+from opsd_train.sharding import Ranks, shard_on_cpus
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers.weights import Teacher, make_teacher
 from opsd_train.watch.completions import Completions
@@ -74,6 +74,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         method: MethodRun | None = None,
     ) -> None:
         args.check_devices()
+        if args.fsdp:
+            shard_on_cpus(args.distributed_state)
         self.config, self.tokenizer, self.student = args, processing_class, model
         self.prompts, self.held_out = train_dataset, list(eval_dataset or [])
         self.validation: Sequence[Prompt] = []
