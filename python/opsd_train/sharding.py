@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, fsdp2_prepare_model
@@ -71,6 +72,15 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process, the same answer in all."""
         return bool(self.total(torch.tensor(int(flag))))
+
+    def texts(self, own: str) -> list[str]:
+        """The texts of all processes, in their order; all of them call it, each with its own."""
+        if self.count == 1:
+            return [own]
+        coded = torch.from_numpy(np.frombuffer(own.encode(), dtype=np.uint8).copy())
+        lengths = self._gathered(torch.tensor([len(coded)])).tolist()
+        rows = self._gathered(torch.nn.functional.pad(coded, (0, max(lengths) - len(coded)))[None])
+        return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
 
     def seeded(self, seed: tuple[int, ...]) -> tuple[int, ...]:
         """The seed of this process's draws: each has its own stream, the first that of a run alone."""

@@ -20,6 +20,7 @@ from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
+from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
 from opsd_train.report.page import write_report
@@ -139,8 +140,10 @@ def _train(
     checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         look(trainer, written, console)
-    elif written is not None:
-        written.rewind(step_of(checkpoint))
+    else:
+        if written is not None:
+            written.rewind(step_of(checkpoint))
+        trainer.add_callback(MissedEvaluation(trainer, written))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -153,10 +156,7 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
     step = trainer.state.global_step
     with console.status(f"evaluating at step {step}"):
-        known = written is not None and step in {
-            evaluation["step"] for evaluation in load_run(written.directory).evaluations
-        }
-        if trainer.held_out and not trainer.ranks.any(known):
+        if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
             trainer.evaluate()
         if (
             trainer.stored is not None or not trainer.teacher.is_whole

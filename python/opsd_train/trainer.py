@@ -121,8 +121,13 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         self.add_callback(StepCallback(self))
         self.meter = Meter(args.device, args.max_completion_length, self.ranks.total)
         self.agreement = Agreement()
-        kept = args.save_completions_every if args.process_index == 0 else 0
-        self.completions = Completions(args.output_dir or ".", kept, processing_class)
+        self.completions = Completions(
+            args.output_dir or ".",
+            args.save_completions_every,
+            processing_class,
+            self.ranks.texts,
+            writes=args.process_index == 0,
+        )
         self.engine = make_engine(args, model, processing_class, self.vocabulary)
         self.engine_behind = True  # its weights are not those of the student, as after every step
 

@@ -17,7 +17,7 @@ from opsd_train.reading import thinking
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.run_options import RunOptions
 
-QUANTILES = {"least": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
+QUANTILES = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
 
 @dataclass
@@ -109,9 +109,7 @@ def _of_texts(rows: Sequence[Row], privileged: bool) -> list[str]:
 def _encode(found: Findings, encoder: Encoder, note: Refuse) -> None:
     """Add lengths, prompts, and what they tell."""
     no_bound = sys.maxsize
-    wide = replace(
-        encoder, max_prompt_length=no_bound, max_teacher_prompt_length=no_bound, positions=None
-    )
+    wide = replace(encoder, max_prompt_length=no_bound, max_teacher_prompt_length=no_bound, positions=None)
     prompts = wide.encode(found.rows, note)
     for prompt in prompts:
         try:
