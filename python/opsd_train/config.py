@@ -136,6 +136,9 @@ class OPSDConfig(
     disable_tqdm: bool | None = option(True, "The progress bar is the driver's own.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):
+            # As a command line and a YAML file say it; TrainingArguments takes a word for names of FSDP1.
+            self.fsdp = self.fsdp.lower() == "true"  # type: ignore[assignment]
         super().__post_init__()
         self.check_thinking()
         self.check_engine()
