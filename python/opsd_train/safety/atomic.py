@@ -55,6 +55,7 @@ class AtomicCheckpoints(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         checkpoints.check_options(self.config)
         self._resumed: Path | None = None
+        self._order: Repeated | None = None
         self._before: tuple[int, torch.Tensor] | None = None  # step that began last, and the loss until then
         super().__init__(*args, **kwargs)
 
@@ -236,7 +237,8 @@ class AtomicCheckpoints(Trainer):
         if count == 1 and type(found) is not torch.utils.data.RandomSampler:
             return found
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
-        return Repeated(len(self.train_dataset), count, seed)  # type: ignore[arg-type]
+        self._order = Repeated(len(self.train_dataset), count, seed)  # type: ignore[arg-type]
+        return self._order
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -282,4 +284,7 @@ class AtomicCheckpoints(Trainer):
             self._total_loss_scalar = -own["loss"].item()  # of the steps before, which this call did not run
             self._globalstep_last_logged = own["last_logged"]
         self._resumed = None
+        if self._order is not None:
+            # Behind accelerate's samplers of shares and of skipped batches nobody else reaches it.
+            self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
