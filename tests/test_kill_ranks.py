@@ -36,6 +36,7 @@ def run(out: Path, rank: int, port: int) -> None:
         out, tiny_model(), max_steps=STEPS, save_strategy="steps", save_steps=1, save_total_limit=2,
         logging_steps=1, teacher="ema", max_completion_length=3, per_device_train_batch_size=2,
         ddp_backend="gloo",
+        ddp_timeout=30,  # for one whose partner dies before they have met
     )  # fmt: skip
     assert trainer.ranks.count == 2
     if rank == 0:
