@@ -22,12 +22,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+VERSION = "0.99.0"
+
 
 class FakeServer:
     """A server in threads of this process.
 
     `fault` names what goes wrong from now on:
     `die` (connections are cut in the middle), `hang` (no route answers), `silent` (only /health does),
+    `stuck` (a transfer does not end; all else works),
     `error` (500 for rollouts), `half` (a transfer leaves out the last half of the tensors), `stale` (it
     leaves out all of them), `restarted` (the version is forgotten), `mixed` (rollouts say another version),
     `short` (a log-prob is missing), `late` (a completion goes on behind its end).
@@ -105,6 +108,9 @@ class Handler(BaseHTTPRequestHandler):
     def health(self, body: Any) -> Any:
         return {}
 
+    def show_version(self, body: Any) -> Any:
+        return {"version": VERSION}
+
     def models(self, body: Any) -> Any:
         known = [{"id": "served", "parent": None, "max_model_len": 64}]
         return {"data": known + [{"id": name, "parent": "served"} for name in self.fake.adapters]}
@@ -144,6 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         assert body["method"] == "reload_weights"
         files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        if self.fake.fault == "stuck":
+            self.fake.free.wait()
         if self.fake.fault == "half":
             weights = dict(list(weights.items())[: len(weights) // 2])
         if self.fake.fault != "stale":
@@ -257,6 +265,7 @@ class Handler(BaseHTTPRequestHandler):
 
 ROUTES = {
     "/health": Handler.health,
+    "/version": Handler.show_version,
     "/v1/models": Handler.models,
     "/server_info": Handler.server_info,
     "/detokenize": Handler.detokenize,

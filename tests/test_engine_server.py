@@ -1,24 +1,18 @@
 """Rollouts by a vLLM server, against a fake one that breaks in every way that was thought of."""
 
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
-from fake_vllm_server import FakeServer
+from fake_vllm_server import VERSION, FakeServer
 from opsd_train.engines.base import EngineError
-from opsd_train.engines.client import ServerClient
-from opsd_train.engines.server import make_server_engine
-from opsd_train.rollouts import Sampling, Vocabulary, generate
-
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-GREEDY = Sampling(0.0, 1.0, 0, 6)
-STALL = 3.0  # seconds; 30 outside of tests
+from opsd_train.rollouts import Sampling, generate
+from opsd_train.train import describe
+from server_engines import GREEDY, PROMPTS, STALL, make, move
 
 
 @pytest.fixture
@@ -29,20 +23,6 @@ def server():
     fake.close()
 
 
-def make(server, tmp_path, student, **settings):
-    given = {"vllm_url": server.url, "rollout_stall_seconds": STALL, "vllm_call_seconds": 20.0}
-    config = tiny_config(tmp_path, rollouts="vllm-server", **(given | settings))
-    return make_server_engine(config, student, TOKENIZER, Vocabulary.of(student, TOKENIZER))
-
-
-def move(student, seed=1):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * parameter.std().clamp(min=0.5) * torch.randn_like(parameter))
-
-
 def own_logprobs(student, prompt, tokens):
     with torch.no_grad():
         z = student(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].log_softmax(-1)
@@ -51,7 +31,7 @@ def own_logprobs(student, prompt, tokens):
 
 def test_rollouts_are_those_of_the_weights_of_the_last_follow(server, tmp_path):
     student = tiny_model()
-    engine = make(server, tmp_path, student)
+    engine = make(server.url, tmp_path, student)
     vocabulary = engine.vocabulary
     seen = set()
     for version in (0, 1):
@@ -73,7 +53,7 @@ def test_rollouts_are_those_of_the_weights_of_the_last_follow(server, tmp_path):
 
 def test_log_probs_are_at_temperature_one_whatever_is_sampled_with(server, tmp_path):
     student = tiny_model()
-    engine = make(server, tmp_path, student)
+    engine = make(server.url, tmp_path, student)
     engine.follow(0)
     for one, prompt in zip(engine.write(PROMPTS, Sampling(0.7, 1.0, 0, 6), (0,)), PROMPTS, strict=True):
         torch.testing.assert_close(
@@ -83,7 +63,7 @@ def test_log_probs_are_at_temperature_one_whatever_is_sampled_with(server, tmp_p
 
 def test_a_request_leaves_nothing_to_the_models_generation_defaults(server, tmp_path):
     student = tiny_model()
-    engine = make(server, tmp_path, student)
+    engine = make(server.url, tmp_path, student)
     engine.follow(0)
     server.calls.clear()
     engine.write(PROMPTS, Sampling(0.9, 0.8, 7, 6), (0,))
@@ -97,7 +77,7 @@ def test_a_request_leaves_nothing_to_the_models_generation_defaults(server, tmp_
 
 def test_a_server_with_a_gpu_is_told_seeds(server, tmp_path):
     server.says["device"] = "cuda"
-    engine = make(server, tmp_path, tiny_model())
+    engine = make(server.url, tmp_path, tiny_model())
     engine.follow(0)
     runs = [engine.write(PROMPTS, Sampling(1.0, 1.0, 0, 6), (0, 0, n)) for n in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
@@ -106,7 +86,7 @@ def test_a_server_with_a_gpu_is_told_seeds(server, tmp_path):
 def test_lora_is_sent_merged(server, tmp_path):
     student = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     move(student)
-    engine = make(server, tmp_path, student)
+    engine = make(server.url, tmp_path, student)
     engine.follow(0)
     assert engine.proof.difference < 1e-5
     written = engine.write(PROMPTS, GREEDY, (0,))
@@ -122,7 +102,7 @@ def test_lora_adapters_are_versioned_and_the_one_before_is_unloaded(server, tmp_
     base = tiny_model()
     server.model.load_state_dict(base.state_dict() | {"lm_head.weight": base.lm_head.weight})
     student = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    engine = make(server, tmp_path, student, vllm_sync="lora")
+    engine = make(server.url, tmp_path, student, vllm_sync="lora")
     for version in (3, 4):
         engine.follow(version)
         written = engine.write(PROMPTS, GREEDY, (0,))
@@ -141,6 +121,7 @@ def test_a_run_trains_on_rollouts_of_the_server(server, tmp_path):
         tmp_path, rollouts="vllm-server", vllm_url=server.url, temperature=0.0, max_steps=2, seed=3
     )
     trainer.train()
+    assert describe(trainer)["versions"]["vllm"] == VERSION
     by_server = trainer.state.log_history
     same = tiny_trainer(tmp_path / "hf", temperature=0.0, max_steps=2, seed=3)
     same.train()
@@ -162,7 +143,7 @@ def test_a_run_trains_on_rollouts_of_the_server(server, tmp_path):
     ],
 )
 def test_a_fault_while_writing_is_found(server, tmp_path, fault, message):
-    engine = make(server, tmp_path, tiny_model())
+    engine = make(server.url, tmp_path, tiny_model())
     engine.follow(0)
     server.fault = fault
     start = time.monotonic()
@@ -178,24 +159,26 @@ def test_a_fault_while_writing_is_found(server, tmp_path, fault, message):
         ("stale", "do not have the trainer's bits"),
         ("restarted", "expected weights"),
         ("hang", "stalled"),
-        ("silent", "stalled|no answer"),
+        ("silent", "stalled, no answer within 3 s"),
+        ("stuck", "/collective_rpc: stalled, no answer within 3 s"),
     ],
 )
 def test_a_fault_while_weights_are_sent_is_found(server, tmp_path, fault, message):
     student = tiny_model()
-    engine = make(server, tmp_path, student, vllm_call_seconds=STALL)
+    engine = make(server.url, tmp_path, student)
     engine.follow(0)
     move(student)
     server.fault = fault
     start = time.monotonic()
     with pytest.raises(EngineError, match=message):
         engine.follow(1)
-    assert time.monotonic() - start < 2 * STALL + 1
+    assert time.monotonic() - start < STALL + 1
+    assert not list((tmp_path / "vllm-sync").glob("*"))  # weights that nobody reads
 
 
 def test_weights_that_did_not_arrive_are_found_by_log_probs_alone(server, tmp_path):
     student = tiny_model()
-    engine = make(server, tmp_path, student, vllm_checksums=False)
+    engine = make(server.url, tmp_path, student, vllm_checksums=False)
     engine.follow(0)
     move(student)
     server.fault = "stale"
@@ -204,7 +187,7 @@ def test_weights_that_did_not_arrive_are_found_by_log_probs_alone(server, tmp_pa
 
 
 def test_a_transfer_that_broke_off_leaves_no_version_that_lies(server, tmp_path, monkeypatch):
-    engine = make(server, tmp_path, tiny_model())
+    engine = make(server.url, tmp_path, tiny_model())
     engine.follow(0)
     monkeypatch.setitem(sys.modules["fake_vllm_server"].ROUTES, "/collective_rpc", lambda *_: (500, "broken"))
     with pytest.raises(EngineError, match="500"):
@@ -227,7 +210,7 @@ def test_a_transfer_that_broke_off_leaves_no_version_that_lies(server, tmp_path,
 def test_a_server_that_cannot_do_it_is_refused(server, tmp_path, says, settings, message):
     server.says |= says
     with pytest.raises(ValueError, match=message):
-        make(server, tmp_path, tiny_model(), **settings)
+        make(server.url, tmp_path, tiny_model(), **settings)
 
 
 def test_another_vocabulary_is_refused(server, tmp_path):
@@ -237,20 +220,20 @@ def test_another_vocabulary_is_refused(server, tmp_path):
 
     server.tokenizer = Other()
     with pytest.raises(ValueError, match="vllm_url: expected the student's vocabulary"):
-        make(server, tmp_path, tiny_model())
+        make(server.url, tmp_path, tiny_model())
 
 
 def test_lora_needs_a_server_with_adapters(server, tmp_path):
     server.says["lora"] = False
     student = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="--enable-lora"):
-        make(server, tmp_path, student, vllm_sync="lora")
+        make(server.url, tmp_path, student, vllm_sync="lora")
 
 
 def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(server, tmp_path):
     server.close()
     with pytest.raises(EngineError, match=r"(?s)not there.*VLLM_SERVER_DEV_MODE=1 .*--enable-scale-out"):
-        make(server, tmp_path, tiny_model())
+        make(server.url, tmp_path, tiny_model())
 
 
 @pytest.mark.parametrize(
@@ -258,6 +241,7 @@ def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(ser
     [
         ({"vllm_sync": "ipc"}, "vllm_sync: expected one of disk, nccl, lora"),
         ({"rollout_stall_seconds": 0}, "rollout_stall_seconds: expected"),
+        ({"vllm_call_seconds": 0}, "vllm_call_seconds: expected"),
         ({"vllm_concurrency": 0}, "vllm_concurrency: expected at least 1"),
         ({"vllm_server_args": "--x"}, "vllm_server_args: expected nothing without vllm_start"),
         ({"vllm_master": "host"}, "vllm_master: expected host:port"),
@@ -266,84 +250,3 @@ def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(ser
 def test_options_out_of_range(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, rollouts="vllm-server", **settings)
-
-
-def test_every_call_ends_though_a_server_answers_nothing(server):
-    server.fault = "hang"
-    client = ServerClient(server.url, stall=1.0, timeout=1.0)
-    for call in (lambda: client.get("/health"), lambda: client.post("/reset_prefix_cache")):
-        start = time.monotonic()
-        with pytest.raises(EngineError, match="stalled"):
-            call()
-        assert time.monotonic() - start < 2
-
-
-# A server that the run starts: the package vllm is a fake one here.
-
-PACKAGE = "import runpy, sys; sys.argv[0] = {fake!r}; runpy.run_path({fake!r}, run_name='__main__')"
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    folder = tmp_path / "package" / "vllm" / "entrypoints" / "openai"
-    folder.mkdir(parents=True)
-    (folder / "api_server.py").write_text(
-        PACKAGE.format(fake=str(Path(__file__).with_name("fake_vllm_server.py")))
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "package"), prepend=":")
-    server = FakeServer(tiny_model(), TOKENIZER)  # for a port that is free
-    server.close()
-    return server.url
-
-
-def commands() -> str:
-    return subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
-
-
-def gone(what: str, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while what in commands():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def start(package, tmp_path):
-    config = tiny_config(
-        tmp_path, rollouts="vllm-server", vllm_start=True, vllm_url=package, rollout_stall_seconds=STALL
-    )
-    student = tiny_model()
-    return make_server_engine(config, student, TOKENIZER, Vocabulary.of(student, TOKENIZER)), student
-
-
-def test_a_server_that_the_run_starts_ends_with_close(package, tmp_path):
-    engine, student = start(package, tmp_path)
-    port = package.rpartition(":")[2]
-    try:
-        assert f"--port {port}" in commands()
-        engine.follow(0)
-        written = engine.write(PROMPTS, GREEDY, (0,))
-        assert [one.tokens for one in written] == generate(student, PROMPTS, GREEDY, engine.vocabulary, (0,))
-    finally:
-        engine.close()
-    assert gone(f"--port {port}", 0)
-    engine.close()
-
-
-RUN = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_engine_server import start
-engine, _ = start({url!r}, Path({out!r}))
-engine.follow(0)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_server_that_the_run_starts_ends_though_the_run_is_killed(package, tmp_path):
-    code = RUN.format(tests=str(Path(__file__).parent), url=package, out=str(tmp_path))
-    found = subprocess.run([sys.executable, "-c", code], timeout=120)
-    assert found.returncode == -9
-    assert gone(f"--port {package.rpartition(':')[2]}", 15)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +14,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import opsd_train
 from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import EngineError
-from opsd_train.engines.server import make_server_engine
+from opsd_train.engines.patience import Patience
+from opsd_train.engines.server import make as make_server_engine
 from opsd_train.rollouts import Sampling, Vocabulary, generate
 from opsd_train.teachers.served import Scorer, ServedRule
+from server_engines import DEMO, Command
 
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-DEMO = Path(opsd_train.__file__).parent / "demo" / "model"
 SERVER = (
     "--dtype float32 --enforce-eager --max-model-len 64 --max-logprobs -1 "
     "--enable-lora --max-loras 2 --max-lora-rank 8"
@@ -131,7 +130,8 @@ def test_a_served_teacher_says_what_transformers_says(engine):
 
 
 def test_the_fast_way_to_ask_is_refused_where_vllm_has_it_not(engine):
-    with pytest.raises(ValueError, match="V2 model runner"):
+    said = "(?s)--teacher-scores vocabulary .*answered 400: .*requires the V2 model runner"
+    with pytest.raises(ValueError, match=said):
         Scorer(ServedRule(engine.client.url, 4, "ids"), engine.tokenizer)
 
 
@@ -171,30 +171,74 @@ def test_adapters_are_loaded_by_version(engine, tmp_path):
     student.unload()
 
 
-def test_an_engine_that_stands_still_is_found(engine):
-    engine.follow(4)
-    group = next(pid for pid, args in processes_of(engine).items() if "api_server" in args)
-    core = next(pid for pid, args in processes(group).items() if "EngineCore" in args)
-    os.kill(core, signal.SIGSTOP)
-    start = time.monotonic()
-    try:
-        with pytest.raises(EngineError, match="stalled"):
-            engine.write(PROMPTS, GREEDY, (0,))
-    finally:
+@pytest.fixture
+def freeze(engine):
+    """Stops vLLM's own process, not that which answers requests; it goes on when the test has ended."""
+    stopped = []
+
+    def stop():
+        core = next(pid for pid, args in processes(server_of(engine)).items() if "EngineCore" in args)
+        stopped.append(core)
+        os.kill(core, signal.SIGSTOP)
+
+    yield stop
+    for core in stopped:
         os.kill(core, signal.SIGCONT)
-    assert time.monotonic() - start < 30
 
 
-def test_a_killed_server_is_found_and_leaves_nothing(engine):
-    group = next(pid for pid, args in processes_of(engine).items() if "api_server" in args)
-    assert len(processes(group)) > 1
-    os.kill(group, signal.SIGKILL)
+def test_an_engine_that_stands_still_is_found(engine, freeze, monkeypatch):
+    engine.follow(4)
+    monkeypatch.setattr(engine.client, "patience", Patience(15))
+    freeze()
     start = time.monotonic()
-    with pytest.raises(EngineError, match="died"):
+    with pytest.raises(EngineError, match="stalled"):
         engine.write(PROMPTS, GREEDY, (0,))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
+
+
+def test_an_engine_that_stands_still_in_a_transfer_is_found(engine, freeze, monkeypatch):
+    engine.follow(5)
+    monkeypatch.setattr(engine.client, "patience", Patience(15))
+    post = engine.client.post
+
+    def freezing(path, *given):
+        if path == "/collective_rpc":
+            freeze()
+        return post(path, *given)
+
+    monkeypatch.setattr(engine.client, "post", freezing)
+    start = time.monotonic()
+    with pytest.raises(EngineError, match="/collective_rpc: stalled, no answer within 14 s"):
+        engine.follow(6)
+    assert time.monotonic() - start < 15
+
+
+def test_a_run_whose_server_is_killed_ends_and_can_be_resumed(engine, model_folder, tmp_path):
+    engine.follow(7)  # it has recovered
+    group = server_of(engine)
+    assert len(processes(group)) > 1
+    server = ["--rollouts=vllm-server", f"--vllm_url={engine.client.url}"]
+    command = Command(tmp_path, *server, "--max_steps=10000", model=model_folder)
+    try:
+        command.until(2, 300)
+        os.kill(group, signal.SIGKILL)
+        assert command.ends(30) == 1
+    finally:
+        command.process.kill()
+    assert "died" in command.message()
     engine.close()
     assert not processes(group)
+    info = json.loads((command.out / "run.json").read_text())
+    assert info["versions"]["vllm"] == vllm.__version__
+    step = command.last_step()
+    again = Command(tmp_path, f"--max_steps={step + 1}", "--resume_from_checkpoint=last", model=model_folder)
+    assert again.ends(300) == 0, again.said.read_text()
+    assert again.last_step() == step + 1
+
+
+def server_of(engine):
+    """The group of the server's processes."""
+    return next(pid for pid, args in processes_of(engine).items() if "api_server" in args)
 
 
 def processes_of(engine):

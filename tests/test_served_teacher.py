@@ -1,5 +1,7 @@
 """A teacher behind a vLLM server: what it says is what its model says, and the loss is exact on that."""
 
+import time
+
 import pytest
 import torch
 
@@ -130,7 +132,7 @@ def test_an_objective_over_the_teachers_tokens_is_refused(tmp_path):
 
 def test_a_server_without_the_v2_runner_is_named(server, tmp_path):
     server.says["v2"] = False
-    with pytest.raises(ValueError, match=r"(?s)teacher_scores 'ids'.*V2 model runner"):
+    with pytest.raises(ValueError, match=r"(?s)'ids'.*--teacher-scores vocabulary.*answered 400.*V2 model"):
         make(server, tmp_path)
 
 
@@ -144,13 +146,18 @@ def test_another_vocabulary_is_refused(server, tmp_path):
         make(server, tmp_path)
 
 
-@pytest.mark.parametrize(("fault", "message"), [("hang", "stalled"), ("error", "answered 500")])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("hang", "stalled"), ("silent", "stalled, it answers /health"), ("error", "answered 500")],
+)
 def test_a_teacher_that_breaks_ends_the_run(server, tmp_path, fault, message):
     trainer = make(server, tmp_path)
     batch = batch_of(trainer)
     server.fault = fault
+    start = time.monotonic()
     with pytest.raises(EngineError, match=message):
         trainer.compute_loss(trainer.student, batch)
+    assert time.monotonic() - start < 4
 
 
 def test_top_tokens_are_found_a_few_positions_at_a_time():

@@ -209,7 +209,8 @@ def describe(trainer: OPSDTrainer) -> dict[str, Any]:
         "teacher": str(config.to_teacher()),
         "config": settings,
         "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        | {package: version(package) for package in PACKAGES}
+        | trainer.engine.versions,
         "device": str(trainer.args.device),
         "rows": {
             "training": len(trainer.prompts),

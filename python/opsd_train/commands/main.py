@@ -41,7 +41,7 @@ def demo(
 
     quiet()
     given = [f"--max_steps={steps}", f"--seed={seed}", f"--output_dir={out}", *context.args]
-    with user_errors():
+    with early_ends(), user_errors():
         trainer = demo_run.demo(given, console)
     about = {"name": "opsd demo", "model": "the demo's model, on three-digit addition"}
     with early_ends():
@@ -81,7 +81,7 @@ def train(
     quiet()
     named = {"model": model, "data": data, "eval_data": eval_data, "output_dir": out}
     given = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    with user_errors():
+    with early_ends(), user_errors():
         defaults = ["--output_dir=opsd-run", *(["--eval_strategy=steps"] if eval_data else [])]
         options, settings = parse(
             [RunOptions, OPSDConfig], layers(preset, config), [*given, *context.args], defaults

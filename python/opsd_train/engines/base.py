@@ -51,6 +51,11 @@ class Engine:
             EngineError: the weights did not arrive.
         """
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """What writes beside the trainer's own packages, by name."""
+        return {}
+
     def rest(self) -> None:
         """Rollouts are written for now: make room for training."""
 

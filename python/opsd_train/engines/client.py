@@ -3,6 +3,7 @@
 The standard library's `http.client` does it: what comes with transformers differs between its versions.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.exchange import Exchange
+from opsd_train.engines.patience import Patience
 
 
 class ServerClient:
@@ -20,48 +22,68 @@ class ServerClient:
 
     Args:
         url: such as http://127.0.0.1:8000.
-        stall: seconds after which a silent server is given up.
-        timeout: seconds that a single call may take, whatever the server does meanwhile.
+        patience: when a call is given up.
 
     Raises:
         ValueError: a URL that is none.
     """
 
-    def __init__(self, url: str, stall: float = 30.0, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"vllm_url: expected http://host:port, got {url!r}")
-        self.url, self.stall, self.timeout = url.rstrip("/"), stall, timeout
+        self.url, self.patience = url.rstrip("/"), patience or Patience()
 
-    def get(self, path: str, seconds: float | None = None) -> Any:
-        """The JSON that the server answers within `stall` or so many seconds; None for an empty answer."""
-        return self._ask("GET", path, None, seconds or self.stall)
+    def get(self, path: str) -> Any:
+        """The JSON that the server answers; None for an empty answer."""
+        return self._ask("GET", path, None, self.patience.answer)
 
-    def post(self, path: str, body: Any = None) -> Any:
-        """The JSON that the server answers when it has done it; it has to stay healthy until then."""
-        return self.post_all(path, [body])[0]
+    def get_slowly(self, path: str) -> Any:
+        """The same of a route that takes its time; the server has to stay healthy until then."""
+        return self._whole("GET", path, [None], 1, self.patience.request)[0]
 
-    def post_all(self, path: str, bodies: Sequence[Any], concurrency: int = 1) -> list[Any]:
-        """The answers to several requests, in their order."""
+    def post(self, path: str, body: Any = None, size: float = 0) -> Any:
+        """The JSON that the server answers when it has done it; it has to stay healthy until then.
 
+        Args:
+            path: on the server.
+            body: of the request.
+            size: bytes of weights that are moved before the answer.
+        """
+        return self._whole("POST", path, [body], 1, self.patience.moving(size))[0]
+
+    def post_all(self, path: str, bodies: Sequence[Any], concurrency: int, quiet: float) -> list[Any]:
+        """The answers to several requests, in their order; some answer has to come in `quiet` seconds."""
+        return self._whole("POST", path, bodies, concurrency, self.patience.request, quiet)
+
+    def _whole(
+        self,
+        method: str,
+        path: str,
+        bodies: Sequence[Any],
+        concurrency: int,
+        seconds: float,
+        quiet: float = math.inf,
+    ) -> list[Any]:
         def one(body: Any, beat: "_Beat") -> Any:
-            with beat.exchange(self, "POST", path, body) as exchange:
+            with beat.exchange(self, Exchange(self.url, method, path, seconds), body) as exchange:
                 return exchange.answer()
 
-        return self._each(one, bodies, concurrency, streams=False)
+        return self._each(one, bodies, concurrency, quiet)
 
     def stream_all(self, path: str, bodies: Sequence[Any], concurrency: int) -> list[list[Any]]:
         """The events that the server streams for each request; some event has to come in `stall` seconds."""
 
         def one(body: Any, beat: "_Beat") -> list[Any]:
             found = []
-            with beat.exchange(self, "POST", path, body) as exchange:
+            request = Exchange(self.url, "POST", path, self.patience.request)
+            with beat.exchange(self, request, body) as exchange:
                 for event in exchange.events():
                     beat.hear()
                     found.append(event)
             return found
 
-        return self._each(one, bodies, concurrency, streams=True)
+        return self._each(one, bodies, concurrency, self.patience.answer)
 
     def healthy(self, timeout: float) -> str | None:
         """None if the server says that it is well, else what is wrong."""
@@ -88,11 +110,11 @@ class ServerClient:
             exchange.close()
 
     def _each(
-        self, one: Callable[[Any, "_Beat"], Any], bodies: Sequence[Any], concurrency: int, *, streams: bool
+        self, one: Callable[[Any, "_Beat"], Any], bodies: Sequence[Any], concurrency: int, quiet: float
     ) -> list[Any]:
         """Run the calls beside each other; the first error, or silence, ends all of them."""
         beat = _Beat()
-        watcher = threading.Thread(target=self._watch, args=(beat, streams), daemon=True)
+        watcher = threading.Thread(target=self._watch, args=(beat, quiet), daemon=True)
         pool = ThreadPoolExecutor(max_workers=max(1, min(concurrency, len(bodies))))
         try:
             watcher.start()
@@ -107,20 +129,21 @@ class ServerClient:
             pool.shutdown(wait=True, cancel_futures=True)
             watcher.join()
 
-    def _watch(self, beat: "_Beat", streams: bool) -> None:
+    def _watch(self, beat: "_Beat", quiet: float) -> None:
         """Ask for the server's health while it is silent; cut every call if it is ill, or silent for long."""
-        while not beat.ended.wait(self.stall / 6):
-            silent = time.monotonic() - beat.heard
-            if silent < self.stall / 3:
+        stall = self.patience.stall
+        while not beat.ended.wait(max(0.01, min(stall / 6, quiet - beat.silent))):
+            if beat.silent < stall / 3:
                 continue
-            ill = self.healthy(self.stall / 3)
-            silent = time.monotonic() - beat.heard
-            if ill is not None and not beat.ended.is_set():
-                beat.give_up(f"vLLM server at {self.url}: stalled, silent for {silent:.0f} s: {ill}")
-            elif streams and silent >= 0.8 * self.stall:
+            ill = self.healthy(stall / 3)
+            if beat.ended.is_set():
+                break
+            if ill is not None:
+                beat.give_up(f"vLLM server at {self.url}: stalled, silent for {beat.silent:.0f} s: {ill}")
+            elif beat.silent >= quiet:
                 beat.give_up(
                     f"vLLM server at {self.url}: stalled, it answers /health but has written no token for "
-                    f"{silent:.0f} s"
+                    f"{beat.silent:.0f} s"
                 )
 
 
@@ -134,20 +157,24 @@ class _Beat:
         self._lock = threading.Lock()
         self._open: set[Exchange] = set()
 
+    @property
+    def silent(self) -> float:
+        """Seconds since then."""
+        return time.monotonic() - self.heard
+
     def hear(self) -> None:
         """The server said something."""
         self.heard = time.monotonic()
 
     @contextmanager
-    def exchange(self, client: ServerClient, method: str, path: str, body: Any) -> Iterator[Exchange]:
+    def exchange(self, client: ServerClient, exchange: Exchange, body: Any) -> Iterator[Exchange]:
         """A request that was sent, and that `end` and `give_up` can cut."""
-        exchange = Exchange(client.url, method, path, client.timeout)
         with self._lock:
             self._open.add(exchange)
         try:
             if self.ended.is_set():
-                raise EngineError(self.reason or f"vLLM server at {client.url}: {path} was given up")
-            exchange.send(body, client.stall)
+                raise EngineError(self.reason or f"vLLM server at {client.url}: {exchange.path} was given up")
+            exchange.send(body, client.patience.answer)
             yield exchange
             self.hear()
         finally:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from opsd_train.engines.server_config import ServerConfig
+from opsd_train.engines.table import ENGINES
 from opsd_train.method_config import option
 
-ENGINES = ("hf", "vllm", "vllm-server")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -15,7 +15,7 @@ class EngineConfig(ServerConfig):
 
     rollouts: str = option(
         "hf",
-        "Who writes rollouts: `hf` (transformers' generate), `vllm` (in this process) or `vllm-server`.",
+        "Who writes rollouts: " + ", ".join(f"`{name}` ({one.about})" for name, one in ENGINES.items()) + ".",
     )
     rollout_stall_seconds: float = option(
         30.0,

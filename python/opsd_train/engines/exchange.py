@@ -36,7 +36,7 @@ class Exchange:
 
     def send(self, body: Any, connect: float) -> None:
         """Connect within `connect` seconds and send the body as JSON, if there is one."""
-        self.connection.timeout = self.waiting = connect
+        self.connection.timeout = self.waiting = min(connect, self.timeout)
         data = None if body is None else json.dumps(body)
         headers = {"Connection": "close"} | ({} if data is None else {"Content-Type": "application/json"})
         try:

@@ -25,6 +25,7 @@ class ServedModel:
         dtype: of the weights.
         max_length: tokens of prompt and completion.
         max_logprobs: log-probs that a request may ask for at each token; -1 for all.
+        version: of vLLM, as the server says.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ServedModel:
     dtype: torch.dtype
     max_length: int
     max_logprobs: int
+    version: str
 
 
 def look_at(client: ServerClient, tokenizer: PreTrainedTokenizerBase, sync: str) -> ServedModel:
@@ -69,7 +71,7 @@ def read_server(client: ServerClient) -> tuple[ServedModel, dict[str, Any]]:
     base = _base_model(client)
     try:
         # The first time, the server looks at all of its environment.
-        config = client.get("/server_info?config_format=json", client.timeout)["vllm_config"]
+        config = client.get_slowly("/server_info?config_format=json")["vllm_config"]
     except StatusError as error:
         raise ValueError(
             f"vllm_url: expected a server that was started with VLLM_SERVER_DEV_MODE=1 at {client.url}, on a "
@@ -84,7 +86,9 @@ def read_server(client: ServerClient) -> tuple[ServedModel, dict[str, Any]]:
         ) from None
     dtype = getattr(torch, str(model["dtype"]).removeprefix("torch."))
     device = str(config["device_config"]["device"]).partition(":")[0]
-    return ServedModel(base["id"], device, dtype, base["max_model_len"], model["max_logprobs"]), config
+    version = str(client.get("/version")["version"])
+    lengths = base["max_model_len"], model["max_logprobs"]
+    return ServedModel(base["id"], device, dtype, *lengths, version), config
 
 
 def served_name(client: ServerClient) -> str:
@@ -98,12 +102,12 @@ def _base_model(client: ServerClient) -> dict[str, Any]:
     return next((model for model in models if not model.get("parent")), models[0])
 
 
-def keeps_own_head(client: ServerClient, served: ServedModel) -> bool:
-    """Whether a server keeps a tied head apart from the embedding.
+def keeps_own_head(client: ServerClient, served: ServedModel, size: int) -> bool:
+    """Whether a server of so many bytes of weights keeps a tied head apart from the embedding.
 
     ValueError for one on a CPU that does not: vLLM repacks the head there when it starts, and never again.
     """
-    names = client.post("/weight_checker", {"action": "checksum"})["checksums"]
+    names = client.post("/weight_checker", {"action": "checksum"}, size)["checksums"]
     found = any(name.endswith("lm_head.weight") for name in names)
     if served.device == "cpu" and not found:
         raise ValueError(

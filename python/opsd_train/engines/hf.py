@@ -3,11 +3,23 @@
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from opsd_train.backbone import causal_lm
+from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine
 from opsd_train.rollouts import Sampling, Vocabulary, generate
 from opsd_train.sharding import is_sharded, through
+
+
+def make(
+    config: OPSDConfig,
+    student: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+) -> "HFEngine":
+    """The engine of a configuration."""
+    return HFEngine(student, vocabulary)
 
 
 class HFEngine(Engine):

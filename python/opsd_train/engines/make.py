@@ -1,13 +1,13 @@
 """The engine that a configuration asks for."""
 
+import importlib
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Engine
-from opsd_train.engines.hf import HFEngine
-from opsd_train.engines.server import make_server_engine
-from opsd_train.engines.vllm import VLLMEngine
+from opsd_train.engines.table import ENGINES
 from opsd_train.rollouts import Vocabulary
 
 
@@ -29,8 +29,7 @@ def make_engine(
         ValueError: the engine's package is not installed, or it cannot run this model.
         EngineError: it did not start.
     """
-    if config.rollouts == "hf":
-        return HFEngine(student, vocabulary)
-    if config.rollouts == "vllm":
-        return VLLMEngine(config, student, vocabulary)
-    return make_server_engine(config, student, tokenizer, vocabulary, config.process_index == 0)
+    made: Engine = importlib.import_module(ENGINES[config.rollouts].module).make(
+        config, student, tokenizer, vocabulary
+    )
+    return made

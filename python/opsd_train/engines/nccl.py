@@ -17,6 +17,8 @@ from opsd_train.engines.sync import Sync
 class NcclSync(Sync):
     """One broadcast of all weights from the first rank to the server's workers.
 
+    The first time both sides have to meet before, and are given the time of a transfer for it.
+
     Args:
         address: host and port of this machine where they meet.
     """
@@ -35,6 +37,7 @@ class NcclSync(Sync):
     def _transfer(self, tag: str) -> None:
         """A broadcast cannot be told to stop, so it has a thread of its own that ends with the process."""
         failed: list[BaseException] = []
+        seconds = self.client.patience.moving(self.size) * (2 if self.trainer is None else 1)
 
         def send() -> None:
             try:
@@ -48,9 +51,9 @@ class NcclSync(Sync):
             self.client.post("/pause?mode=wait")
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
-        thread.join(self.client.timeout)
+        thread.join(seconds)
         if thread.is_alive() or failed:
-            what = f"{failed[0]}" if failed else f"not done after {self.client.timeout:.0f} s"
+            what = f"{failed[0]}" if failed else f"not done after {seconds:.0f} s"
             raise EngineError(
                 f"vLLM server at {self.client.url}: the NCCL transfer of weights failed: {what}"
             )
@@ -82,7 +85,9 @@ class NcclSync(Sync):
         workers = self.client.get("/get_world_size")["world_size"] if self.is_main else 0
         host, port = self.address
         info = NCCLTrainerInitInfo(host, port, 1 + workers, rank=0 if self.is_main else 1)
-        return WeightTransferTrainerFactory.trainer_init(info, client=Routes(self.client), source=Source())
+        return WeightTransferTrainerFactory.trainer_init(
+            info, client=Routes(self.client, self.size), source=Source()
+        )
 
 
 class Routes:
@@ -90,24 +95,25 @@ class Routes:
 
     Args:
         client: the server.
+        size: bytes of a transfer, which each of them may have to wait for.
     """
 
-    def __init__(self, client: ServerClient) -> None:
-        self.client = client
+    def __init__(self, client: ServerClient, size: int) -> None:
+        self.client, self.size = client, size
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Have the workers join."""
-        self.client.post("/init_weight_transfer_engine", {"init_info": init_info})
+        self.client.post("/init_weight_transfer_engine", {"init_info": init_info}, self.size)
 
     def start_weight_update(self) -> None:
         """Have them make room."""
-        self.client.post("/start_weight_update")
+        self.client.post("/start_weight_update", None, self.size)
 
     def update_weights(self, update_info: Any) -> None:
         """Have them receive."""
-        self.client.post("/update_weights", {"update_info": update_info})
+        self.client.post("/update_weights", {"update_info": update_info}, self.size)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Have them put the weights to use."""
         body = None if weight_version is None else {"weight_version": weight_version}
-        self.client.post("/finish_weight_update", body)
+        self.client.post("/finish_weight_update", body, self.size)

@@ -58,7 +58,9 @@ class ServerEngine(Engine):
         self.tag = f"{self.settings.run}-{version}"
         self.sync.send(self.tag)
         if not self.sync.is_main:
-            self.proof.await_tag(self.tag, self.client.timeout)
+            # The first rank writes the weights, has them read, and finds out itself if it waits for nothing.
+            patience = self.client.patience
+            self.proof.await_tag(self.tag, 2 * patience.moving(self.sync.size) + 2 * patience.stall)
         self.proof.check(self.sync, self.tag)
         self.version = version
 
@@ -89,6 +91,11 @@ class ServerEngine(Engine):
         if self.child is not None:
             self.child.close()
             self.child = None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """vLLM's, as the server says."""
+        return {"vllm": self.served.version}
 
     def _parameters(self, sampling: Sampling) -> dict[str, Any]:
         """vLLM's sampling parameters; whatever else it has keeps the value that does nothing."""
@@ -156,12 +163,11 @@ class Settings:
     checksums: bool = True
 
 
-def make_server_engine(
+def make(
     config: OPSDConfig,
     student: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
-    is_main: bool = True,
 ) -> ServerEngine:
     """The engine of a configuration, with its server started if that is asked for.
 
@@ -169,7 +175,8 @@ def make_server_engine(
         ValueError: what is asked for cannot be done with this student or this server.
         EngineError: the server is not there.
     """
-    client = ServerClient(config.vllm_url, config.rollout_stall_seconds, config.vllm_call_seconds)
+    is_main = config.process_index == 0
+    client = ServerClient(config.vllm_url, config.patience)
     folder = Path(config.vllm_sync_dir or Path(config.output_dir or ".") / "vllm-sync")
     sync = _make_sync(config, client, student, folder, is_main)
     child = _start(config, client, student, tokenizer, folder, is_main) if config.vllm_start else None
@@ -178,12 +185,12 @@ def make_server_engine(
             child.wait(client, config.rollout_start_seconds)
         elif config.vllm_start:
             client.wait(config.rollout_start_seconds)
-        elif (ill := client.healthy(client.stall)) is not None:
+        elif (ill := client.healthy(client.patience.answer)) is not None:
             by_hand = _launch(config, student, str(causal_lm(student).name_or_path))
             raise EngineError(f"vllm_url: {ill}; start a server with\n{by_hand}\nor ask for vllm_start")
         served = look_at(client, tokenizer, config.vllm_sync)
         if config.vllm_sync != "lora" and is_tied(student):
-            sync.own_head = keeps_own_head(client, served)
+            sync.own_head = keeps_own_head(client, served, sync.size)
         size = causal_lm(student).get_output_embeddings().weight.shape[0]
         settings = Settings(config.run_tag, size, config.vllm_concurrency, config.vllm_checksums)
         engine = ServerEngine(client, served, sync, vocabulary, settings)

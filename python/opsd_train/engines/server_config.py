@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+from opsd_train.engines.patience import Patience
 from opsd_train.method_config import option
 
 SYNCS = ("disk", "nccl", "lora")
@@ -32,9 +33,10 @@ class ServerConfig:
         "Folder that run and server see under the same path, say in /dev/shm on one machine; None is "
         "vllm-sync in output_dir.",
     )
-    vllm_call_seconds: float = option(
-        600.0,
-        "A single call to the server, a whole rollout or transfer of weights, takes no longer than this.",
+    vllm_call_seconds: float | None = option(
+        None,
+        "Every transfer of weights, and every single rollout of a server, takes no longer than "
+        "this. None is 27 s and a second per 100 MB for a transfer, 600 s for a rollout.",
     )
     vllm_concurrency: int = option(256, "Requests that a vLLM server has at once.")
     vllm_checksums: bool = option(
@@ -48,7 +50,7 @@ class ServerConfig:
         """ValueError for an option that is out of range."""
         if self.vllm_sync not in SYNCS:
             raise ValueError(f"vllm_sync: expected one of {', '.join(SYNCS)}; got {self.vllm_sync!r}")
-        if not self.vllm_call_seconds > 0:
+        if self.vllm_call_seconds is not None and not self.vllm_call_seconds > 0:
             raise ValueError(
                 f"vllm_call_seconds: expected a number of seconds above 0, got {self.vllm_call_seconds}"
             )
@@ -62,6 +64,11 @@ class ServerConfig:
         host, _, port = self.vllm_master.rpartition(":")
         if not host or not port.isdecimal():
             raise ValueError(f"vllm_master: expected host:port, got {self.vllm_master!r}")
+
+    @property
+    def patience(self) -> Patience:
+        """When a call to an engine is given up."""
+        return Patience(getattr(self, "rollout_stall_seconds", 30.0), self.vllm_call_seconds)
 
     @property
     def run_tag(self) -> str:

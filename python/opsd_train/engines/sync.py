@@ -20,7 +20,7 @@ from opsd_train.backbone import causal_lm
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.exchange import StatusError
-from opsd_train.engines.weights import weights_of, whole
+from opsd_train.engines.weights import weight_bytes, weights_of, whole
 
 SHARD_BYTES = 4_000_000_000
 
@@ -37,6 +37,7 @@ class Sync:
     def __init__(self, client: ServerClient, student: torch.nn.Module, is_main: bool = True) -> None:
         self.client, self.student, self.is_main = client, student, is_main
         self.own_head = False  # the server keeps a tied head apart from the embedding
+        self.size = weight_bytes(student)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is sent."""
@@ -85,8 +86,10 @@ class DiskSync(Sync):
         if not self.is_main:
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(target.resolve())}}
-        self.client.post("/collective_rpc", body)
-        shutil.rmtree(target)
+        try:
+            self.client.post("/collective_rpc", body, self.size)
+        finally:
+            shutil.rmtree(target)
 
     def close(self) -> None:
         """Remove what the server started from, and the folder if nothing else is in it."""
@@ -129,7 +132,9 @@ class LoraSync(Sync):
         self.peft.peft_config[name].save_pretrained(str(partial))
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
-        self.client.post("/v1/load_lora_adapter", {"lora_name": tag, "lora_path": str(target.resolve())})
+        size = sum(tensor.nbytes for tensor in state.values())
+        body = {"lora_name": tag, "lora_path": str(target.resolve())}
+        self.client.post("/v1/load_lora_adapter", body, size)
         if self.last is not None and self.last != tag:
             self._unload(self.last)
         self.last = tag

@@ -5,12 +5,13 @@ import importlib
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
@@ -18,7 +19,7 @@ from opsd_train.engines.base import Completion, Engine, EngineError
 from opsd_train.engines.installed import installed
 from opsd_train.engines.surroundings import determined, undisturbed
 from opsd_train.engines.watchdog import Beat, Watchdog, end_processes
-from opsd_train.engines.weights import Named, tied_head, weights_of, whole
+from opsd_train.engines.weights import Named, Sent, tied_head, weight_bytes, weights_of, whole
 from opsd_train.rollouts import Sampling, Vocabulary, until_end
 from opsd_train.safety import stops
 from opsd_train.safety.stops import Stopped
@@ -33,6 +34,16 @@ ENVIRONMENT = {
 TOKENS_PER_STEP_ON_CPU = 2048  # read in some seconds: every step is a sign of life
 CLOSES_WITHIN = 30.0  # seconds, whatever a step may take
 GIB = 1 << 30
+
+
+def make(
+    config: OPSDConfig,
+    student: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+) -> "VLLMEngine":
+    """The engine of a configuration."""
+    return VLLMEngine(config, student, vocabulary)
 
 
 class VLLMEngine(Engine):
@@ -59,6 +70,7 @@ class VLLMEngine(Engine):
         self.config, self.student, self.vocabulary = config, student, vocabulary
         self.version, self.max_length = 0, longest(config, student)
         self.watchdog = Watchdog(config.rollout_stall_seconds)
+        self.seconds_to_move = config.patience.moving(weight_bytes(student))
         self.device = config.device
         self.on_gpu = self.device.type != "cpu"
         self.entries = causal_lm(student).config.get_text_config().vocab_size
@@ -135,8 +147,8 @@ class VLLMEngine(Engine):
             self.follow(self.version)
         if self._broken:
             raise EngineError(f"rollouts: vLLM cannot write, {self._broken}")
+        self._wake()
         with self._working("writing rollouts") as beat, determined(self.device, seed):
-            self._wake()
             return self._written(prompts, self._params(sampling), beat)
 
     def _written(self, prompts: Sequence[Sequence[int]], params: Any, beat: Beat) -> list[Completion]:
@@ -194,14 +206,15 @@ class VLLMEngine(Engine):
 
     def follow(self, version: int) -> None:
         """Send every weight; the cache of what the old ones computed goes."""
+        self._wake("weights")
         with self._working("taking over weights") as beat:
             self._broken = "its last weights did not all arrive"
-            self._wake("weights")
-            sent = _Sent(self._weights(), beat)
+            sent = Sent(self._weights(), beat)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sent})
             if not sent.over:
                 raise EngineError(f"rollouts: vLLM stopped taking weights after {sent.count}")
-            self._wake()
+        self._wake()
+        with self._working("forgetting what the old weights computed"):
             if not self._llm.reset_prefix_cache():
                 raise EngineError("rollouts: vLLM did not forget what the old weights computed")
         self._broken, self.version = None, version
@@ -214,26 +227,37 @@ class VLLMEngine(Engine):
             with gathered(head.parameters()):
                 yield self._head, whole(head.weight)
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """The package in this process."""
+        return {"vllm": str(self._vllm.__version__)}
+
     def rest(self) -> None:
         """Free the GPU's memory as far as `vllm_sleep_level` says; on a CPU there is nothing to free."""
         if self.on_gpu and self.config.vllm_sleep_level > 0 and not self._asleep and not self._broken:
-            with self._working("going to sleep"):
+            with self._working("going to sleep", self.seconds_to_move):
                 self._llm.sleep(level=self.config.vllm_sleep_level)
                 self._asleep = True
 
     def _wake(self, part: str | None = None) -> None:
         """All of it, or the part that is needed first."""
         if self._asleep:
-            self._llm.wake_up(tags=None if part is None else [part])
-            self._asleep = part is not None
+            with self._working("waking up", self.seconds_to_move):
+                self._llm.wake_up(tags=None if part is None else [part])
+                self._asleep = part is not None
 
     @contextmanager
-    def _working(self, what: str) -> Iterator[Beat]:
-        """Whatever goes wrong inside is an EngineError, and the engine is not used again."""
+    def _working(self, what: str, seconds: float | None = None) -> Iterator[Beat]:
+        """Whatever goes wrong inside is an EngineError, and the engine is not used again.
+
+        Args:
+            what: is done.
+            seconds: without a sign of life, in place of the watchdog's own.
+        """
         if self._llm is None:
             raise EngineError("rollouts: vLLM has been closed")
         try:
-            with self.watchdog.watching(what) as beat:
+            with self.watchdog.watching(what, seconds) as beat:
                 yield beat
         except BaseException as error:
             self._broken = f"it failed while {what}"
@@ -252,21 +276,6 @@ class VLLMEngine(Engine):
                     llm.llm_engine.engine_core.shutdown()
         finally:
             end_processes([process for process in self._processes if process.is_running()])
-
-
-class _Sent:
-    """Weights on their way: each is a sign of life, and it is known whether the last was asked for."""
-
-    def __init__(self, weights: Iterable[Named], beat: Beat) -> None:
-        self.count, self.over = 0, False
-        self._weights, self._beat = weights, beat
-
-    def __iter__(self) -> Iterator[Named]:
-        for named in self._weights:
-            self._beat()
-            self.count += 1
-            yield named
-        self.over = True
 
 
 def longest(config: OPSDConfig, student: torch.nn.Module) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -44,12 +44,34 @@ def weights_of(student: torch.nn.Module) -> Iterator[Named]:
         yield from revert_weight_conversion(model, dict(layer)).items()
 
 
+class Sent:
+    """Weights on their way: each is a sign of life, and it is known whether the last was asked for."""
+
+    def __init__(self, weights: Iterable[Named], beat: Callable[[], None]) -> None:
+        self.count, self.over = 0, False
+        self._weights, self._beat = weights, beat
+
+    def __iter__(self) -> Iterator[Named]:
+        for named in self._weights:
+            self._beat()
+            self.count += 1
+            yield named
+        self.over = True
+
+
 def tied_head(model: PreTrainedModel) -> str | None:
     """Name of the head's weight if it is the embedding's, which `weights_of` therefore leaves out."""
     if not model.config.get_text_config().tie_word_embeddings:
         return None
     head = model.get_output_embeddings()
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+
+
+def weight_bytes(student: torch.nn.Module) -> int:
+    """Bytes of all weights on all ranks, adapters counted beside what they are merged into."""
+    return sum(
+        getattr(one, "ds_numel", one.numel()) * one.element_size() for one in causal_lm(student).parameters()
+    )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from opsd_train.watch.record import INFO, Evaluation
 
 DEFAULTS = ("--output_dir=opsd-unused", "--data=")
 EVALUATION = "eval.json"
-PACKAGES = ("torch", "transformers", "peft", "opsd-kernels")
+PACKAGES = ("torch", "transformers", "peft", "opsd-kernels")  # beside what the engine names
 # How a model of a run was made to write; `opsd eval` of it asks in the same way unless it is told otherwise.
 KEPT = (
     "student_template", "student_chat_kwargs", "max_prompt_length", "max_completion_length", "temperature",
@@ -82,10 +82,11 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     student.to(config.device)
     started = time.perf_counter()
     with console.status(f"{len(prompts):,} problems, {config.eval_samples} samples each"):
-        findings = _hold(config, student, tokenizer, prompts)
+        findings, versions = _hold(config, student, tokenizer, prompts)
     seconds = time.perf_counter() - started
     found = findings.evaluation(0)
     about = {"model": model, "data": "opsd demo" if request.demo else options.data, "seconds": seconds}
+    about |= {"versions": {package: version(package) for package in PACKAGES} | versions}
     _write(out, {**about, **found, **_length(findings)}, config, _rows(findings, tokenizer))
     return found
 
@@ -157,7 +158,8 @@ def _encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: OP
 
 def _hold(
     config: OPSDConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
-) -> Findings:
+) -> tuple[Findings, dict[str, str]]:
+    """What was found, and the versions of what wrote."""
     sampling = Sampling(
         config.temperature,
         config.top_p,
@@ -178,7 +180,7 @@ def _hold(
     try:
         engine.follow(0)
         exam = Exam(config.to_judge(), tokenizer, sampling, config.eval_samples, config.to_ks())
-        return exam.hold(write, prompts)
+        return exam.hold(write, prompts), engine.versions
     finally:
         engine.close()
 
@@ -204,7 +206,7 @@ def _write(out: Path, found: dict[str, Any], config: OPSDConfig, rows: list[dict
     out.mkdir(parents=True, exist_ok=True)
     write_parquet(out / FOLDER / "eval.parquet", rows)
     asked = {name: getattr(config, name) for name in (*KEPT, "rollouts", "seed")}
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    versions = {"python": platform.python_version()} | found.pop("versions")
     found.pop("step")
     text = dumps({**found, "config": asked, "versions": versions}, indent=1, default=str)
     write_atomically(out / EVALUATION, text)

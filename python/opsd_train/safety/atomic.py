@@ -4,25 +4,26 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from opsd_train.config import OPSDConfig
-from opsd_train.data.sampler import Repeated
+from opsd_train.data.sampler import Ordered
 from opsd_train.json_files import dumps
 from opsd_train.pieces.parts import Pieces
-from opsd_train.safety import checkpoints, folders, optimizer_state
+from opsd_train.safety import checkpoints, folders, optimizer_state, zero
 from opsd_train.safety.random_state import random_state, set_random_state
 from opsd_train.safety.student_files import load_student, write_student
 from opsd_train.safety.trees import load_tree, save_tree
-from opsd_train.sharding import is_sharded, state_of
+from opsd_train.sharding import is_sharded
 from opsd_train.teachers.weights import Teacher
 
 ARGUMENTS, OPTIMIZER, SCHEDULER, SCALER = "training_args.json", "optimizer", "scheduler", "scaler"
@@ -32,7 +33,7 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
-class AtomicCheckpoints(Trainer):
+class AtomicCheckpoints(Ordered):
     """A `Trainer` whose checkpoints appear by a rename, when all of them is on the disk.
 
         checkpoint-20/
@@ -55,7 +56,6 @@ class AtomicCheckpoints(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         checkpoints.check_options(self.config)
         self._resumed: Path | None = None
-        self._order: Repeated | None = None
         self._before: tuple[int, torch.Tensor] | None = None  # step that began last, and the loss until then
         super().__init__(*args, **kwargs)
 
@@ -147,17 +147,20 @@ class AtomicCheckpoints(Trainer):
 
     def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """The student's weights on the main process where it holds shards of them; None for its own."""
-        if self.is_fsdp_enabled:
-            return optimizer_state.full_weights(self._student())
-        return state_of(self._student()) if is_sharded(self._student()) else None
+        shards, student = self._shards(), self._student()
+        return None if shards is None or not is_sharded(student) else shards.full_weights(student)
 
     def _gathered_state(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """The weights, see `_gathered_weights`, and the optimizer's whole state; called by every process."""
+        own, shards = self._plain_optimizer(), self._shards()
+        state = own.state_dict() if shards is None else shards.full_state(self._student(), own)
+        return self._gathered_weights(), state
+
+    def _shards(self) -> ModuleType | None:
+        """What gathers and spreads the state of processes that have a part of it each."""
         if self.is_fsdp_enabled:
-            return self._gathered_weights(), optimizer_state.full_state(
-                self._student(), self._plain_optimizer()
-            )
-        return None, self._plain_optimizer().state_dict()
+            return optimizer_state
+        return zero if self.is_deepspeed_enabled else None
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         found = self.optimizer
@@ -228,37 +231,24 @@ class AtomicCheckpoints(Trainer):
             self.pieces.load(checkpoint)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
-        """Every prompt `num_generations` times in a row, so that its rollouts are in one step.
-
-        Shuffled by a generator of its own: the global seed may be another one in a run that goes on.
-        """
-        found, count = super()._get_train_sampler(train_dataset), self.config.num_generations
-        if count == 1 and type(found) is not torch.utils.data.RandomSampler:
-            return found
-        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
-        self._order = Repeated(len(self.train_dataset), count, seed)  # type: ignore[arg-type]
-        return self._order
-
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.compare_position(folder, self.config, len(self.train_dataset))  # type: ignore[arg-type]
-        if self.is_fsdp_enabled:
-            optimizer_state.set_full_weights(self._student(), folder)
-        else:
-            load_student(self._student(), folder)
+        shards = self._shards()
+        put = load_student if shards is None else shards.set_full_weights
+        put(self._student(), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         self._resumed = Path(checkpoint)
-        saved = load_tree(self._resumed / OPTIMIZER)
-        if self.is_fsdp_enabled:
-            optimizer_state.set_full_state(self._student(), self._plain_optimizer(), saved)
-        else:
+        saved, shards = load_tree(self._resumed / OPTIMIZER), self._shards()
+        if shards is None:
             optimizer_state.set_state(self._plain_optimizer(), saved)
+        else:
+            shards.set_full_state(self._student(), self._plain_optimizer(), saved)
         self.lr_scheduler.load_state_dict(load_tree(self._resumed / SCHEDULER))  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -284,7 +274,4 @@ class AtomicCheckpoints(Trainer):
             self._total_loss_scalar = -own["loss"].item()  # of the steps before, which this call did not run
             self._globalstep_last_logged = own["last_logged"]
         self._resumed = None
-        if self._order is not None:
-            # Behind accelerate's samplers of shares and of skipped batches nobody else reaches it.
-            self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)

@@ -8,7 +8,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,15 @@ from opsd_train.engines.base import EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.exchange import StatusError
 from opsd_train.engines.handshake import GENERATE, check_vocabulary, served_name
+from opsd_train.engines.patience import Patience
 from opsd_train.rollouts import check_alignment
 
-SCORES = ("ids", "vocabulary")
+NEEDS = {
+    "ids": "its V2 model runner (a GPU, or a CPU with triton-cpu) and --max-logprobs of at least "
+    "teacher_served_top_k; --teacher-scores vocabulary with --max-logprobs -1 does without the runner",
+    "vocabulary": "--max-logprobs -1",
+}
+SCORES = tuple(NEEDS)
 CHUNK = 64  # positions whose logits are held at a time
 
 
@@ -37,16 +43,14 @@ class ServedRule:
         top_k: the student's most likely tokens that are asked for.
         scores: `ids` asks for these alone, `vocabulary` for all log-probs.
         concurrency: requests at once.
-        stall: seconds after which a silent server is given up.
-        timeout: seconds that a request may take.
+        patience: when a call is given up.
     """
 
     url: str
     top_k: int = 64
     scores: str = "ids"
     concurrency: int = 64
-    stall: float = 30.0
-    timeout: float = 600.0
+    patience: Patience = field(default_factory=Patience)
 
 
 class Scorer:
@@ -63,17 +67,17 @@ class Scorer:
 
     def __init__(self, rule: ServedRule, tokenizer: PreTrainedTokenizerBase) -> None:
         self.rule = rule
-        self.client = ServerClient(rule.url, rule.stall, rule.timeout)
+        self.client = ServerClient(rule.url, rule.patience)
         self.name = served_name(self.client)
         check_vocabulary(self.client, tokenizer, "teacher_url")
-        last = len(tokenizer) - 1
+        self.size = len(tokenizer)
+        last = self.size - 1
         try:
             self.score([[0, last, 0]], [np.array([[0, last]])])
         except StatusError as error:
             raise ValueError(
                 f"teacher_url: expected a vLLM server with --enable-scale-out that answers with "
-                f"teacher_scores {rule.scores!r} ('ids' needs the V2 model runner and --max-logprobs of at "
-                f"least teacher_served_top_k, 'vocabulary' needs --max-logprobs -1); {error}"
+                f"teacher_scores {rule.scores!r}, which needs {NEEDS[rule.scores]}; {error}"
             ) from None
 
     def score(self, sequences: Sequence[Sequence[int]], wanted: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -87,7 +91,7 @@ class Scorer:
             float32 `[n, K]` for each.
         """
         bodies = [self._body(tokens, ids) for tokens, ids in zip(sequences, wanted, strict=True)]
-        answers = self.client.post_all(GENERATE, bodies, self.rule.concurrency)
+        answers = self.client.post_all(GENERATE, bodies, self.rule.concurrency, self._quiet(sequences))
         found = [self._read(answer, ids) for answer, ids in zip(answers, wanted, strict=True)]
         for values, ids in zip(found, wanted, strict=True):
             # A token that cannot come is -inf; a NaN, a gain or another shape is not a log-prob of these.
@@ -97,6 +101,12 @@ class Scorer:
                     f"{values.shape}, the largest {values.max(initial=-math.inf)}"
                 )
         return found
+
+    def _quiet(self, sequences: Sequence[Sequence[int]]) -> float:
+        """Seconds in which the first of the requests that the server has at once is answered."""
+        tokens = sum(sorted(map(len, sequences))[-self.rule.concurrency :])
+        entries = self.size if self.rule.scores == "vocabulary" else 0
+        return self.rule.patience.reading(tokens, tokens * entries)
 
     def _body(self, tokens: Sequence[int], ids: np.ndarray) -> dict[str, Any]:
         settings: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from opsd_kernels import Objective, Support
+from opsd_train.engines.patience import Patience
 from opsd_train.method_config import option
 from opsd_train.teachers.served import SCORES, ServedRule
 
@@ -81,8 +82,5 @@ class ServedConfig:
             return None
         own = objective.support
         count = self.teacher_served_top_k if own is None or own.k is None else own.k
-        stall = getattr(self, "rollout_stall_seconds", 30.0)
-        longest = getattr(self, "vllm_call_seconds", 600.0)
-        return ServedRule(
-            self.teacher_url, count, self.teacher_scores, self.teacher_concurrency, stall, longest
-        )
+        patience = getattr(self, "patience", Patience())
+        return ServedRule(self.teacher_url, count, self.teacher_scores, self.teacher_concurrency, patience)
