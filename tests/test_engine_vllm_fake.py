@@ -45,6 +45,7 @@ def test_completions_come_in_the_order_of_the_prompts_with_their_version(
     one.follow(7)
     written = one.write(PROMPTS, SAMPLING, (0, 0))
     assert written == [Completion((5, 5, 5, 1), (LOGPROB,) * 4, version=7)] * 3
+    assert one.versions == {"vllm": sys.modules["vllm"].__version__}
     asked = {tuple(prompt): params for _, prompt, params in behaviour.calls[2:]}
     assert sorted(asked) == sorted(PROMPTS)
     params = asked[3, 4].__dict__
