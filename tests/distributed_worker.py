@@ -119,14 +119,18 @@ def written_after(trainer: OPSDTrainer) -> Any:
     return trainer.roll_out(trainer.held_out, greedy, (1, trainer.state.global_step))
 
 
+def without_kernels() -> None:
+    """Import DeepSpeed. It would compile a kernel for shared memory, for minutes; without it, gloo does."""
+    import deepspeed  # noqa: F401
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
 def main() -> None:
     """Runs every case in turn; the first process writes the weights and the rest, any its error."""
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     if any(case["wrapper"] == "zero" for case in cases.values()):
-        import deepspeed  # noqa: F401
-
-        # It compiles a kernel for shared memory, for minutes; without it, gloo does.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        without_kernels()
     for name, case in cases.items():
         AcceleratorState._reset_state()
         GradientState._reset_state()

@@ -42,6 +42,7 @@ BAD = {
     "the same again": (GOOD, "expected each row once, got that of"),
     "over the student's budget": (line(problem="1" * 30 + "=", solution="3"), "the student's has 33 tokens"),
     "over the teacher's budget": (line(problem="1=", solution="3" * 40), "the teacher's 45"),
+    "over the model's positions": (line(problem="1=", solution="3" * 34), "with a completion of 6 (max_comp"),
     "not in the vocabulary": (line(problem="one", solution="3"), "prompt: expected text that the tokenizer"),
 }
 
@@ -49,7 +50,8 @@ BAD = {
 def encode(path: Path, refuse: quarantine.Refuse) -> list[str]:
     """Places of the rows that are left."""
     rows = load_rows(path, TEMPLATES, reading=Reading(refuse=refuse, repeats=False))
-    prompts = Encoder(TOKENIZER, 24, 40).encode(rows, refuse)
+    encoder = Encoder(TOKENIZER, 24, 40, max_completion_length=6, positions=44)
+    prompts = encoder.encode(rows, refuse)
     return [prompt.where for prompt in prompts]
 
 
@@ -136,10 +138,12 @@ def test_only_bad_rows_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_run_counts_what_it_set_aside_and_resumes(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_model(max_position_embeddings=60).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     good = [line(**row) for row in ROWS]
     rows = write(tmp_path / "rows.jsonl", *good[:4], b"{", *good[4:], line(problem="1" * 90, solution="3"))
+    with rows.open("ab") as file:
+        file.write(line(problem="1=", solution="3" * 51) + b"\n")  # within its budget, beyond the positions
     out = tmp_path / "out"
     model = str(tmp_path / "model")
     strict = RunOptions(model=model, data=str(rows), skip_bad_rows=1)
@@ -147,14 +151,18 @@ def test_a_run_counts_what_it_set_aside_and_resumes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 1 bad rows, found one more"):
         train(strict, tiny_config(out, **settings), Console(quiet=True))
     check_output(out, "error")  # what was set aside does not make the folder a run
-    options = RunOptions(model=model, data=str(rows), skip_bad_rows=2)
+    options = RunOptions(model=model, data=str(rows), skip_bad_rows=3)
     trainer = train(options, tiny_config(out, **settings), Console(quiet=True))
     assert len(trainer.prompts) == 8
     run(trainer, {"name": "n", "model": "m"}, Console(quiet=True))
     info = json.loads((out / "run.json").read_text())
-    assert info["rows"] == {"training": 8, "held_out": 0, "set_aside": 2}
+    assert info["rows"] == {"training": 8, "held_out": 0, "set_aside": 3}
     settings |= {"max_steps": 3, "resume_from_checkpoint": "last"}
     trainer = train(options, tiny_config(out, **settings), Console(quiet=True))
     run(trainer, {"name": "n", "model": "m"}, Console(quiet=True), existing="resume")
     assert trainer.state.global_step == 3
-    assert quarantine.count(out) == 2
+    assert quarantine.count(out) == 3
+    alone = write(tmp_path / "alone.jsonl", line(problem="1=", solution="3" * 51))
+    options = RunOptions(model=model, data=str(alone), skip_bad_rows=3)
+    with pytest.raises(ValueError, match="data: expected at least one row that fits, got none of 1"):
+        train(options, tiny_config(tmp_path / "none"), Console(quiet=True))

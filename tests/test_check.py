@@ -60,8 +60,12 @@ def test_what_a_run_would_refuse_is_all_found(tmp_path: Path) -> None:
 def test_positions_of_the_model_count_the_completion(tmp_path: Path) -> None:
     longest = max(findings(tmp_path, ROWS).lengths["teacher"])
     assert findings(tmp_path, ROWS, positions=longest + 6).refused == []
-    (over,) = findings(tmp_path, ROWS, positions=longest + 5).refused
-    assert f"has {longest} tokens, which with a completion of 6" in over
+    found = findings(tmp_path, ROWS, positions=longest + 5)
+    (over,) = found.refused
+    assert over.startswith(f"{tmp_path / 'rows.jsonl'} line 3: its longer prompt has {longest} tokens, which")
+    assert "with a completion of 6 (max_completion_length) is more than" in over
+    assert len(found.prompts) == 7
+    assert max(found.lengths["teacher"]) == longest
 
 
 @pytest.mark.parametrize(
@@ -114,8 +118,8 @@ def test_quantiles_are_lengths_that_occur() -> None:
     assert quantile([7], 0.99) == 7
 
 
-def invoke(*arguments: object) -> tuple[int, str]:
-    with mock.patch.object(terminal.console, "_width", 160):
+def invoke(*arguments: object, width: int = 160) -> tuple[int, str]:
+    with mock.patch.object(terminal.console, "_width", width):
         result = CliRunner().invoke(app, ["check", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
@@ -145,3 +149,25 @@ def test_command_shows_tokens_and_leaves_with_1_for_refused_rows(tmp_path: Path)
     code, output = invoke(tmp_path / "none.jsonl")
     assert code == 2
     assert not (Path.cwd() / "opsd-unused").exists()
+
+
+def test_everything_is_told_in_80_columns(tmp_path: Path) -> None:
+    tiny_model(max_position_embeddings=262_144).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    name = "a_column_with_a_name_" + "of_many_words_" * 5
+    long = {"problem": "1" * 3_000, "solution": "2" * 12_000, name: "x"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, long]))
+    words = ["--student_template={problem}", "--teacher_template={solution};{problem}", "--use_cpu"]
+    budgets = [f"--max_{what}_length=131072" for what in ("prompt", "teacher_prompt", "completion")]
+    code, output = invoke(rows, "--model", tmp_path / "model", *words, *budgets, width=80)
+    assert code == 0, output
+    assert "…" not in output
+    lines = [line.split() for line in output.splitlines()]
+    assert ["teacher's", "prompt", "10", "15,004", "15,004", "15,004", "131,072", "0"] in lines
+    assert ["max_teacher_prompt_length"] in lines
+    longest = ["131,082", "146,076", "146,076", "146,076", "262,144", "0"]
+    assert ["prompt", "and", "completion", *longest] in lines or longest in [line[-6:] for line in lines]
+    assert name in "".join(line.strip().removesuffix("1").strip() for line in output.splitlines())
+    tables = output[: output.index("all 9 rows")]
+    assert max(len(line) for line in tables.splitlines() if str(tmp_path) not in line) <= 80

@@ -217,11 +217,13 @@ def test_a_divergence_is_never_negative(draw: Draw, gap: float) -> None:
 def test_bf16_gradients_are_right_but_for_rounding_them(draw: Draw) -> None:
     """An element is rounded by 2^-8 of itself at most; eager is wrong by per cents here.
 
-    Of gradients so small that their terms all but cancel, fp32's own rounding is a part too.
+    Where the terms of a gradient all but cancel, fp32's rounding of them, which the same loss has on the same
+    inputs in fp32, comes on top.
     """
     case = draw.finish(hidden_case(draw.rows, draw.vocab, 6, seed=draw.seed)).to(torch.bfloat16)
     truth = evaluate(partial(loss, backend="reference"), case.to(torch.float64))
-    outcome = evaluate(loss, case)
+    outcome, finer = evaluate(loss, case), evaluate(loss, case.to(torch.float32))
     for name, gradient in truth.gradients.items():
-        if gradient is not None and gradient.norm() > 1e-3:
-            assert relative_error(outcome.gradients[name], gradient) <= 4e-3
+        if gradient is not None and gradient.norm() > 0:
+            cancelled = relative_error(finer.gradients[name], gradient)
+            assert relative_error(outcome.gradients[name], gradient) <= 2**-8 + 1.1 * cancelled

@@ -105,12 +105,18 @@ def check_head(model: torch.nn.Module, prompt: tuple[int, ...]) -> None:
         )
 
 
+def positions_of(model: torch.nn.Module) -> int | None:
+    """How many positions the model has, if its configuration says so."""
+    found: int | None = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def check_positions(model: torch.nn.Module, prompts: Sequence[Prompt], max_completion_length: int) -> None:
     """Raise ValueError unless the longest prompt of student and teacher leaves room for a whole completion.
 
-    The room is the `max_position_embeddings` of the model's configuration; without it there is no bound.
+    The room are the model's positions, see `positions_of`; without a number of them there is no bound.
     """
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     if limit is None or not prompts:
         return
     for reader, lengths in (

@@ -14,6 +14,7 @@ from opsd_train.pieces.config import PiecesConfig
 from opsd_train.reading import prompts
 from opsd_train.reading.config import ThinkingConfig
 from opsd_train.safety.config import SafetyConfig
+from opsd_train.safety.zero_options import check_options as check_zero
 from opsd_train.teachers.rule import TeacherRule
 from opsd_train.teachers.served_config import ServedConfig
 from opsd_train.watch.config import WatchConfig
@@ -135,6 +136,9 @@ class OPSDConfig(
     disable_tqdm: bool | None = option(True, "The progress bar is the driver's own.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):
+            # As a command line and a YAML file say it; TrainingArguments takes a word for names of FSDP1.
+            self.fsdp = self.fsdp.lower() == "true"  # type: ignore[assignment]
         super().__post_init__()
         self.check_thinking()
         self.check_engine()
@@ -163,11 +167,8 @@ class OPSDConfig(
                 f"args: expected one device per process, got {self.n_gpu} in one; start a process for each "
                 "(accelerate launch, torchrun), or make one of them visible (CUDA_VISIBLE_DEVICES=0)"
             )
-        if self.deepspeed_plugin is not None and self.save_strategy != SaveStrategy.NO:
-            raise ValueError(
-                "save_strategy: expected 'no' with DeepSpeed, whose optimizer state is in pieces of its own; "
-                f"got {SaveStrategy(self.save_strategy).value!r}"
-            )
+        if self.deepspeed_plugin is not None:
+            check_zero(self.deepspeed_plugin, self.save_strategy != SaveStrategy.NO)
         if self.world_size == 1:
             return
         for name, alone in (("private", None), ("exposure", None), ("subnetwork", None), ("extrapolate", 0)):

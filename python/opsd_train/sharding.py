@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -72,6 +73,15 @@ class Ranks:
         """Whether it is so in any process, the same answer in all."""
         return bool(self.total(torch.tensor(int(flag))))
 
+    def texts(self, own: str) -> list[str]:
+        """The texts of all processes, in their order; all of them call it, each with its own."""
+        if self.count == 1:
+            return [own]
+        coded = torch.from_numpy(np.frombuffer(own.encode(), dtype=np.uint8).copy())
+        lengths = self._gathered(torch.tensor([len(coded)])).tolist()
+        rows = self._gathered(torch.nn.functional.pad(coded, (0, max(lengths) - len(coded)))[None])
+        return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
     def seeded(self, seed: tuple[int, ...]) -> tuple[int, ...]:
         """The seed of this process's draws: each has its own stream, the first that of a run alone."""
         return (*seed, self.index) if self.index else seed
@@ -113,11 +123,14 @@ class Ranks:
 
     def inside(self, wrapper: Module, run: Callable[[], Result]) -> Result:
         """What `run` returns, called in the forward pass of wrapper, head and sharded copies."""
-        if not self.wrapped or (wrapper is self.student and not self.sharded):
+        if not self.wrapped:
             return run()
-        own = [self.student, *self.copies] if self.sharded else []
+        # Copies are sharded from the beginning, the student when it is prepared for training.
+        own = [one for one in (self.student, *self.copies) if is_sharded(one)]
         heads = [causal_lm(one).get_output_embeddings() for one in own]
-        pairs = [(wrapper, self.student), *[(one, one) for one in (*self.copies, *heads)]]
+        pairs = [(one, one) for one in (*self.copies, *heads)]
+        if wrapper is not self.student or self.sharded:
+            pairs.insert(0, (wrapper, self.student))
         return through(pairs, run)
 
     def adopt(self, model: Module) -> Module:
@@ -129,6 +142,15 @@ class Ranks:
         sharded: Module = fsdp2_prepare_model(self.accelerator, model)
         self.copies.append(sharded)
         return sharded
+
+
+def shard_on_cpus(state: PartialState) -> None:
+    """Let accelerate shard by FSDP2 on CPUs as it does on accelerators, instead of not sharding at all.
+
+    It asks for processes with an accelerator each; FSDP2 itself needs none.
+    """
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def is_sharded(model: Module) -> bool:

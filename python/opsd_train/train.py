@@ -15,11 +15,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from opsd_kernels import get_method
-from opsd_train.backbone import causal_lm
+from opsd_train.backbone import causal_lm, positions_of
 from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
+from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
 from opsd_train.report.page import write_report
@@ -63,15 +64,18 @@ def make_trainer(
 ) -> OPSDTrainer:
     """A trainer over rows and, to evaluate on, held-out ones; all are checked here against their budgets.
 
-    What happens to one over its budget is up to `refuse`; it stops the run, if nothing else is said.
+    What happens to one over its budget or the model's positions is up to `refuse`; it stops the run, if
+    nothing else is said. Raises ValueError if none to train on is left.
     """
-    encoder = Encoder.of(tokenizer, config)
+    encoder = Encoder.of(tokenizer, config, positions_of(model))
     for sentence in encoder.ignored_switches():
         warnings.warn(sentence, stacklevel=2)
     method = config.to_method(encoder)
     if method is not None:
         method.check(rows)
     prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
+    if not prompts:
+        raise ValueError(f"data: expected at least one row that fits, got none of {len(rows)}")
     return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 
@@ -136,8 +140,10 @@ def _train(
     checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         look(trainer, written, console)
-    elif written is not None:
-        written.rewind(step_of(checkpoint))
+    else:
+        if written is not None:
+            written.rewind(step_of(checkpoint))
+        trainer.add_callback(MissedEvaluation(trainer, written))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -150,10 +156,7 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
     step = trainer.state.global_step
     with console.status(f"evaluating at step {step}"):
-        known = written is not None and step in {
-            evaluation["step"] for evaluation in load_run(written.directory).evaluations
-        }
-        if trainer.held_out and not trainer.ranks.any(known):
+        if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
             trainer.evaluate()
         if (
             trainer.stored is not None or not trainer.teacher.is_whole

@@ -27,7 +27,7 @@ from opsd_train.safety import stops
 from opsd_train.safety.atomic import AtomicCheckpoints
 from opsd_train.safety.checkpoints import StepCallback
 from opsd_train.safety.finite import FiniteSteps
-from opsd_train.sharding import Ranks
+from opsd_train.sharding import Ranks, shard_on_cpus
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers.weights import Teacher, make_teacher
 from opsd_train.watch.completions import Completions
@@ -74,6 +74,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         method: MethodRun | None = None,
     ) -> None:
         args.check_devices()
+        if args.fsdp:
+            shard_on_cpus(args.distributed_state)
         self.config, self.tokenizer, self.student = args, processing_class, model
         self.prompts, self.held_out = train_dataset, list(eval_dataset or [])
         self.validation: Sequence[Prompt] = []
@@ -119,8 +121,13 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         self.add_callback(StepCallback(self))
         self.meter = Meter(args.device, args.max_completion_length, self.ranks.total)
         self.agreement = Agreement()
-        kept = args.save_completions_every if args.process_index == 0 else 0
-        self.completions = Completions(args.output_dir or ".", kept, processing_class)
+        self.completions = Completions(
+            args.output_dir or ".",
+            args.save_completions_every,
+            processing_class,
+            self.ranks.texts,
+            writes=args.process_index == 0,
+        )
         self.engine = make_engine(args, model, processing_class, self.vocabulary)
         self.engine_behind = True  # its weights are not those of the student, as after every step
 

@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.config import OPSDConfig
+from opsd_train.data.quarantine import Refuse
 from opsd_train.data.rows import Row, load_rows
 from opsd_train.loading import Reader
 from opsd_train.reading import thinking
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.run_options import RunOptions
 
-QUANTILES = {"least": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
+QUANTILES = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
 
 @dataclass
@@ -64,7 +65,7 @@ def check(options: RunOptions, config: OPSDConfig, reader: Reader | None) -> Fin
         _of_texts(rows, privileged=config.method is None),
     )
     if reader is not None:
-        _encode(found, Encoder.of(reader.tokenizer, config), config, reader, note)
+        _encode(found, Encoder.of(reader.tokenizer, config, reader.positions), note)
     return found
 
 
@@ -105,9 +106,10 @@ def _of_texts(rows: Sequence[Row], privileged: bool) -> list[str]:
     ]
 
 
-def _encode(found: Findings, encoder: Encoder, config: OPSDConfig, reader: Reader, note: Any) -> None:
+def _encode(found: Findings, encoder: Encoder, note: Refuse) -> None:
     """Add lengths, prompts, and what they tell."""
-    wide = replace(encoder, max_prompt_length=sys.maxsize, max_teacher_prompt_length=sys.maxsize)
+    no_bound = sys.maxsize
+    wide = replace(encoder, max_prompt_length=no_bound, max_teacher_prompt_length=no_bound, positions=None)
     prompts = wide.encode(found.rows, note)
     for prompt in prompts:
         try:
@@ -120,21 +122,10 @@ def _encode(found: Findings, encoder: Encoder, config: OPSDConfig, reader: Reade
     found.lengths = {
         "student": [len(prompt.student_ids) for prompt in prompts],
         "teacher": [len(prompt.teacher_ids) for prompt in prompts],
-        "solution": [len(ids) for ids in _tokens(reader.tokenizer, solutions)],
+        "solution": [len(ids) for ids in _tokens(encoder.tokenizer, solutions)],
     }
-    found.refused += _over_positions(found.prompts, config.max_completion_length, reader.positions)
     found.warnings += _of_template(encoder)
     found.warnings += _of_tokens(found.prompts, encoder)
-
-
-def _over_positions(prompts: Sequence[Prompt], completion: int, positions: int | None) -> list[str]:
-    return [
-        f"{prompt.where}: its longer prompt has {longest} tokens, which with a completion of {completion} "
-        f"(max_completion_length) is more than the model's {positions} positions"
-        for prompt in prompts
-        if positions is not None
-        and (longest := max(len(prompt.student_ids), len(prompt.teacher_ids))) + completion > positions
-    ]
 
 
 def _of_template(encoder: Encoder) -> list[str]:

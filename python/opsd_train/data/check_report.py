@@ -1,7 +1,8 @@
-"""What `opsd check` shows."""
+"""What `opsd check` shows, in tables that a terminal of 80 columns has room for."""
 
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -36,7 +37,9 @@ def tables(
 
 
 def _overview(found: Findings) -> Table:
-    table = Table("columns", "rows", title=f"{len(found.rows):,} rows", title_justify="left")
+    table = Table(title=f"{len(found.rows):,} rows", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("columns", overflow="fold")
+    table.add_column("rows", justify="right", no_wrap=True)
     for name, count in found.conventions.most_common():
         table.add_row(f"[bold]{escape(name)}[/bold]", f"{count:,}")
     for name, count in found.columns.most_common():
@@ -46,22 +49,24 @@ def _overview(found: Findings) -> Table:
 
 def _lengths(found: Findings, config: OPSDConfig, reader: Reader | None) -> Table:
     budgets = {
-        "student": ("the student's prompt (max_prompt_length)", config.max_prompt_length),
-        "teacher": ("the teacher's prompt (max_teacher_prompt_length)", config.max_teacher_prompt_length),
-        "solution": ("the solution (max_completion_length)", config.max_completion_length),
+        "student": ("student's prompt", "max_prompt_length", config.max_prompt_length),
+        "teacher": ("teacher's prompt", "max_teacher_prompt_length", config.max_teacher_prompt_length),
+        "solution": ("solution", "max_completion_length", config.max_completion_length),
     }
-    table = Table("tokens", title="lengths", title_justify="left")
+    close = (0, 1, 0, 0)  # columns at this distance leave room for numbers of six digits
+    table = Table(title="lengths", title_justify="left", box=box.SIMPLE_HEAD, padding=close)
+    table.add_column("tokens of", overflow="fold")
     for name in (*QUANTILES, "budget", "over it"):
         table.add_column(name, justify="right", no_wrap=True)
     shown = [(*budgets[name], lengths) for name, lengths in found.lengths.items() if lengths]
     if reader is not None and reader.positions is not None:
         prompts = zip(found.lengths["student"], found.lengths["teacher"], strict=True)
         whole = [max(pair) + config.max_completion_length for pair in prompts]
-        shown.append(("the longer prompt and a completion (the model's positions)", reader.positions, whole))
-    for label, budget, lengths in shown:
+        shown.append(("prompt and completion", "the model's positions", reader.positions, whole))
+    for label, option, budget, lengths in shown:
         numbers = [f"{quantile(lengths, share):,}" for share in QUANTILES.values()]
         over = sum(length > budget for length in lengths)
-        table.add_row(label, *numbers, f"{budget:,}", f"{over:,}")
+        table.add_row(f"{label}\n[dim]{option}[/dim]", *numbers, f"{budget:,}", f"{over:,}")
     return table
 
 
@@ -69,15 +74,11 @@ def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Table:
     """The last tokens of both prompts side by side, and the solution's first as if it were the completion."""
     text = "" if prompt.row is None else prompt.row.columns.get("solution") or prompt.answer or ""
     completion = tokenizer(str(text), add_special_tokens=False)["input_ids"][:COMPLETION_TOKENS]
-    table = Table(
-        "",
-        "student",
-        "",
-        "teacher",
-        "",
-        title=f"{escape(prompt.where)}, where they meet",
-        title_justify="left",
-    )
+    table = Table(title=f"{escape(prompt.where)}, where they meet", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column()
+    for reader in ("student", "teacher"):
+        table.add_column(reader, justify="right", no_wrap=True)
+        table.add_column(overflow="fold")
     count = min(PROMPT_TOKENS, len(prompt.student_ids), len(prompt.teacher_ids))
     pairs = list(zip(prompt.student_ids[-count:], prompt.teacher_ids[-count:], strict=True))
     for number, (ours, theirs) in enumerate(pairs, start=1):

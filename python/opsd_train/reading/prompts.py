@@ -73,6 +73,8 @@ class Encoder:
         max_teacher_prompt_length: the same for the teacher.
         student_chat_kwargs: what the student's chat template is given besides (`{"enable_thinking": False}`).
         teacher_chat_kwargs: the same for the teacher's.
+        max_completion_length: tokens that follow a prompt.
+        positions: of the model, for the longer prompt and a completion; None is no bound.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -80,16 +82,22 @@ class Encoder:
     max_teacher_prompt_length: int
     student_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_completion_length: int = 0
+    positions: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, config: "OPSDConfig") -> "Encoder":
-        """With the budgets and switches of a run."""
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, config: "OPSDConfig", positions: int | None = None
+    ) -> "Encoder":
+        """With the budgets and switches of a run, for a model with so many positions."""
         return cls(
             tokenizer,
             config.max_prompt_length,
             config.max_teacher_prompt_length,
             config.student_chat_kwargs,  # type: ignore[arg-type]
             config.teacher_chat_kwargs,  # type: ignore[arg-type]
+            config.max_completion_length,
+            positions,
         )
 
     def ignored_switches(self) -> list[str]:
@@ -159,7 +167,7 @@ class Encoder:
             ) from error
 
     def check_budget(self, row: "Row", student: int, teacher: int) -> None:
-        """ValueError for a row whose prompts have none or too many tokens."""
+        """ValueError for a row whose prompts have no tokens, or too many for budgets or positions."""
         if student == 0 or teacher == 0:
             raise ValueError(f"{row.where}: expected prompts of at least one token, got an empty one")
         if student > self.max_prompt_length or teacher > self.max_teacher_prompt_length:
@@ -167,6 +175,13 @@ class Encoder:
                 f"{row.where}: a prompt is longer than its budget: the student's has {student} tokens "
                 f"(max_prompt_length {self.max_prompt_length}), the teacher's {teacher} "
                 f"(max_teacher_prompt_length {self.max_teacher_prompt_length}); nothing is truncated"
+            )
+        longest = max(student, teacher)
+        if self.positions is not None and longest + self.max_completion_length > self.positions:
+            raise ValueError(
+                f"{row.where}: its longer prompt has {longest} tokens, which with a completion of "
+                f"{self.max_completion_length} (max_completion_length) is more than the model's "
+                f"{self.positions} positions (max_position_embeddings)"
             )
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from opsd_train.config import OPSDConfig
 from opsd_train.data.sampler import Repeated
 from opsd_train.json_files import dumps
 from opsd_train.pieces.parts import Pieces
-from opsd_train.safety import checkpoints, folders, optimizer_state
+from opsd_train.safety import checkpoints, folders, optimizer_state, zero
 from opsd_train.safety.random_state import random_state, set_random_state
 from opsd_train.safety.student_files import load_student, write_student
 from opsd_train.safety.trees import load_tree, save_tree
-from opsd_train.sharding import is_sharded, state_of
+from opsd_train.sharding import is_sharded
 from opsd_train.teachers.weights import Teacher
 
 ARGUMENTS, OPTIMIZER, SCHEDULER, SCALER = "training_args.json", "optimizer", "scheduler", "scaler"
@@ -146,17 +147,20 @@ class AtomicCheckpoints(Trainer):
 
     def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """The student's weights on the main process where it holds shards of them; None for its own."""
-        if self.is_fsdp_enabled:
-            return optimizer_state.full_weights(self._student())
-        return state_of(self._student()) if is_sharded(self._student()) else None
+        shards, student = self._shards(), self._student()
+        return None if shards is None or not is_sharded(student) else shards.full_weights(student)
 
     def _gathered_state(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """The weights, see `_gathered_weights`, and the optimizer's whole state; called by every process."""
+        own, shards = self._plain_optimizer(), self._shards()
+        state = own.state_dict() if shards is None else shards.full_state(self._student(), own)
+        return self._gathered_weights(), state
+
+    def _shards(self) -> ModuleType | None:
+        """What gathers and spreads the state of processes that have a part of it each."""
         if self.is_fsdp_enabled:
-            return self._gathered_weights(), optimizer_state.full_state(
-                self._student(), self._plain_optimizer()
-            )
-        return None, self._plain_optimizer().state_dict()
+            return optimizer_state
+        return zero if self.is_deepspeed_enabled else None
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         found = self.optimizer
@@ -238,25 +242,35 @@ class AtomicCheckpoints(Trainer):
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
         return Repeated(len(self.train_dataset), count, seed)  # type: ignore[arg-type]
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, Any]:
+        """Wrap the model; one in DeepSpeed's engine goes on from a checkpoint here."""
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return found
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.compare_position(folder, self.config, len(self.train_dataset))  # type: ignore[arg-type]
-        if self.is_fsdp_enabled:
-            optimizer_state.set_full_weights(self._student(), folder)
-        else:
-            load_student(self._student(), folder)
+        shards = self._shards()
+        put = load_student if shards is None else shards.set_full_weights
+        put(self._student(), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         self._resumed = Path(checkpoint)
-        saved = load_tree(self._resumed / OPTIMIZER)
-        if self.is_fsdp_enabled:
-            optimizer_state.set_full_state(self._student(), self._plain_optimizer(), saved)
-        else:
+        saved, shards = load_tree(self._resumed / OPTIMIZER), self._shards()
+        if shards is None:
             optimizer_state.set_state(self._plain_optimizer(), saved)
+        else:
+            shards.set_full_state(self._student(), self._plain_optimizer(), saved)
         self.lr_scheduler.load_state_dict(load_tree(self._resumed / SCHEDULER))  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -34,11 +34,6 @@ def check_options(config: OPSDConfig) -> None:
     for name, reason in reasons.items():
         if getattr(config, name):
             raise ValueError(f"{name}: expected False, since {reason}; got True")
-    if config.deepspeed is not None and config.save_strategy != "no":
-        raise ValueError(
-            f"save_strategy: expected 'no' with deepspeed, whose own checkpoints are pickles; "
-            f"got {str(config.save_strategy)!r}"
-        )
 
 
 def complete(run: Path) -> list[Path]:

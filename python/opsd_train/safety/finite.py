@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from opsd_train.rollouts import evaluating
 from opsd_train.safety.bad_step import BadStep
+from opsd_train.safety.zero import WatchedEngine
 from opsd_train.steps import Written
 
 
@@ -82,8 +83,8 @@ class FiniteSteps(Trainer):
     The subclass says what a step is made of: `expect` before its micro-batches, `hear` after each of them.
 
     With an fp16 gradient scaler a gradient that is not finite is the scaler's business: it skips the step
-    itself, and such steps are no sign of anything. DeepSpeed's engine moves the weights within `backward`, so
-    there nothing can be left out: one bad step ends the run before another checkpoint is written.
+    itself, and such steps are no sign of anything. DeepSpeed's engine moves the weights within `backward`; it
+    leaves out what `WatchedEngine` tells it to, and the norm of such a step's gradient is inf.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -124,6 +125,19 @@ class FiniteSteps(Trainer):
                 self._tr_loss.zero_()  # the trainer subtracts what it has logged: nan - nan stays nan
         super().log(logs, start_time)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Wrap the model; DeepSpeed's engine is to ask before each of its steps."""
+        found = super()._prepare_for_training(*args, **kwargs)
+        if self._engine_steps():
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self.accelerator.deepspeed_engine_wrapped = WatchedEngine(engine, self._bad_before_step)
+        return found
+
+    def _bad_before_step(self, loss: Tensor) -> bool:
+        """Whether the losses of a step, of which the last one is given, have one that is not finite."""
+        losses = torch.stack([*(one for _, one in self.heard.parts), loss])
+        return not self._scaled() and self._anywhere(~losses.isfinite().all())[0]
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; here, between the gradient and the optimizer, the step is judged."""
         norm = super()._get_grad_norm(model, grad_norm)
@@ -139,14 +153,14 @@ class FiniteSteps(Trainer):
         """
         losses = torch.stack([loss for _, loss in self.heard.parts])
         of_loss, of_norm = self._anywhere(~losses.isfinite().all(), ~norm.isfinite())
-        scaled, stepped = self.accelerator.scaler is not None, self._engine_steps()
+        scaled = self._scaled()
         of_norm &= not scaled
         bad = of_loss or of_norm
         skipped = bad and not scaled and (of_norm or self.heard.loss_skips)
         self.skipped.judge(bad, skipped)
-        if bad and (stepped or self.skipped.in_a_row >= self.args.max_bad_steps):  # type: ignore[attr-defined]
+        if bad and self.skipped.in_a_row >= self.args.max_bad_steps:  # type: ignore[attr-defined]
             self._end(model, norm)
-        if not stepped and not scaled:
+        if not self._engine_steps() and not scaled:
             self._hold(skipped)
 
     def _hold(self, held: bool) -> None:
@@ -170,6 +184,11 @@ class FiniteSteps(Trainer):
     def _engine_steps(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
+    def _scaled(self) -> bool:
+        """Whether losses are scaled for fp16, by accelerate or by DeepSpeed's engine."""
+        fp16 = self.accelerator.mixed_precision == "fp16"
+        return self.accelerator.scaler is not None or (self._engine_steps() and fp16)
+
     def _end(self, model: torch.nn.Module, norm: Tensor) -> None:
         """Save what every rank has of this step, and raise BadSteps."""
         step = self.state.global_step + 1
@@ -183,17 +202,11 @@ class FiniteSteps(Trainer):
             parts=self.heard.parts,
         )
         bad.save(folder)
-        stepped = self._engine_steps()
-        if not stepped:  # the weights are lost otherwise
-            bad.save(folder, self._row_losses(model, bad))
+        bad.save(folder, self._row_losses(model, bad))
         raise BadSteps(
             f"the loss or the gradient was not finite in {self.skipped.in_a_row} steps in a row, up to step "
             f"{step}; {folder} holds that step's batch, and the checkpoints are as they were. "
-            + (
-                "DeepSpeed cannot leave out a step."
-                if stepped
-                else f"max_bad_steps is {self.args.max_bad_steps}."  # type: ignore[attr-defined]
-            )
+            f"max_bad_steps is {self.args.max_bad_steps}."  # type: ignore[attr-defined]
         )
 
     @torch.no_grad()

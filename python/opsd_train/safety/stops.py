@@ -36,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from opsd_train.safety.random_state import random_state, set_random_state
+from opsd_train.safety.zero_options import not_kept
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ASK_EVERY = 1.0  # seconds between two looks into the store
@@ -64,7 +65,7 @@ class Stopped(Exception):
         if not self.step:
             return f"stopped by {name} before a step was complete, so there is nothing new to keep"
         if self.checkpoint is None:
-            return f"stopped by {name} after step {self.step}; a run with DeepSpeed has no checkpoints"
+            return f"stopped by {name} after step {self.step}, which no checkpoint can hold"
         return (
             f"stopped by {name} after step {self.step}, which {self.checkpoint} holds; the same command with "
             "--resume-from-checkpoint last goes on from there"
@@ -276,7 +277,8 @@ def _keep(trainer: Trainer, watch: _Watch, last: StopCallback) -> tuple[int, Pat
     step = trainer.state.global_step
     if last.random is None:
         return 0, None
-    if trainer.is_deepspeed_enabled:
+    plugin = trainer.args.deepspeed_plugin
+    if plugin is not None and not_kept(plugin) is not None:
         return step, None
     folder = Path(trainer.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if watch.most(not folder.is_dir()):

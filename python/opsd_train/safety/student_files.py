@@ -53,7 +53,7 @@ def read_student(student: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
         if not files:
             raise ValueError(f"resume_from_checkpoint: expected model.safetensors in {folder}; got none")
         found = {name: one for path in files for name, one in load_file(path).items()}
-        _check_shapes(found, student.state_dict(), _once(student, found), folder)
+        _check_shapes(found, _shapes(student), _once(student, found), folder)
         return found
     found = {}
     for adapter in student.peft_config:
@@ -64,8 +64,7 @@ def read_student(student: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
         found |= {names.get(key, key): one for key, one in load_file(path).items()}
     beside = folder / BESIDE
     found |= load_file(beside) if beside.is_file() else {}
-    state = student.state_dict()
-    _check_shapes(found, state, _adapted(student) | _beside_adapters(student), folder)
+    _check_shapes(found, _shapes(student), _adapted(student) | _beside_adapters(student), folder)
     return found
 
 
@@ -75,10 +74,10 @@ def load_student(student: torch.nn.Module, folder: Path) -> None:
 
 
 def _check_shapes(
-    found: Mapping[str, Tensor], state: Mapping[str, Tensor], needed: set[str], folder: Path
+    found: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], needed: set[str], folder: Path
 ) -> None:
     shapes = {name: tuple(one.shape) for name, one in found.items()}
-    wanted = {name: tuple(state[name].shape) for name in needed}
+    wanted = {name: own[name] for name in needed}
     different = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
     if different:
         name = different[0]
@@ -86,6 +85,12 @@ def _check_shapes(
             f"resume_from_checkpoint: expected {folder} to hold this model's weights; {name} is "
             f"{shapes.get(name, 'missing')} there and {wanted.get(name, 'missing')} in the model"
         )
+
+
+def _shapes(student: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the model's weights by name; a weight that ZeRO-3 has partitioned says what its own was."""
+    state = student.state_dict(keep_vars=True)
+    return {name: tuple(getattr(one, "ds_shape", one.shape)) for name, one in state.items()}
 
 
 def _once(student: torch.nn.Module, found: Mapping[str, Tensor]) -> set[str]:

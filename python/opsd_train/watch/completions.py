@@ -5,7 +5,8 @@ reader of Parquet takes one or many of them. Each is written under another name 
 ever half there.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,32 @@ class Completions:
         folder: of the run.
         every: keep those of every so many steps; 0 keeps none.
         tokenizer: of the completions.
+        gather: a text of this process to those of all, in their order; see `Ranks.texts`.
+        writes: whether this process writes the files; one of several does.
     """
 
-    def __init__(self, folder: str | Path, every: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        every: int,
+        tokenizer: PreTrainedTokenizerBase,
+        gather: Callable[[str], Sequence[str]] = lambda own: [own],
+        writes: bool = True,
+    ) -> None:
         self.folder, self.every, self.tokenizer = Path(folder) / FOLDER, every, tokenizer
+        self.gather, self.writes = gather, writes
 
     def keep(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float] = ()) -> None:
-        """Write the completions of a step, counted from 0, if it is one to keep; its file counts from 1."""
-        if not rollouts or self.every == 0 or (step + 1) % self.every:
+        """Write the completions of a step, counted from 0, if it is one to keep; its file counts from 1.
+
+        Every process calls it with its own; those of all are in the file, one process behind the other.
+        """
+        if self.every == 0 or (step + 1) % self.every:
             return
-        rows = to_rows(rollouts, self.tokenizer, step + 1, rewards)
-        write_parquet(self.folder / f"step-{step + 1:06}.parquet", rows)
+        own = json.dumps(to_rows(rollouts, self.tokenizer, step + 1, rewards))
+        rows = [row for part in self.gather(own) for row in json.loads(part)]
+        if rows and self.writes:
+            write_parquet(self.folder / f"step-{step + 1:06}.parquet", rows)
 
 
 def kept(folder: str | Path) -> list[Path]:
