@@ -266,7 +266,7 @@ def test_options_out_of_range_are_refused(tmp_path: Path, settings: dict, messag
 
 def test_a_missing_an_old_and_a_changed_package_are_refused(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"rollouts: expected the package vllm 0\.31 or newer"):
+    with pytest.raises(ValueError, match=r"rollouts: expected the package vllm 0\.32 or newer"):
         engine(tmp_path)
     old = fake_vllm(Behaviour(), "0.19.1")["vllm"]
     monkeypatch.setitem(sys.modules, "vllm", old)
