@@ -104,7 +104,15 @@ def test_a_run_whose_server_is_killed_ends_and_can_be_resumed(package, tmp_path)
 def test_a_run_without_its_server_ends_with_one_message(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+2=", "teacher_prompt": "3;1+2="}))
     words = ["train", "--model", DEMO, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run"]
-    url = ["--use-cpu", "--rollouts", "vllm-server", "--vllm-url", "http://127.0.0.1:9"]
+    url = [
+        "--use-cpu",
+        "--max-completion-length",
+        "8",
+        "--rollouts",
+        "vllm-server",
+        "--vllm-url",
+        "http://127.0.0.1:9",
+    ]
     found = CliRunner().invoke(app, [str(word) for word in (*words, *url)])
     assert isinstance(found.exception, SystemExit)
     assert found.exit_code == 1
