@@ -42,7 +42,8 @@ def same_text(completion: str, answer: str) -> bool:
 def same_number(completion: str, answer: str) -> bool:
     """The last numbers in both are equal; thousands separators and trailing zeros do not matter.
 
-    A number may have an exponent (`1.5e3`) and any character for its minus. Figures that are not one number, like `12.11.2024` or `1,2`, equal nothing.
+    A number may have an exponent (`1.5e3`) and any character for its minus. Figures that are not one number,
+    like `12.11.2024` or `1,2`, equal nothing.
     """
     found, expected = _last_number(completion), _last_number(answer)
     return found is not None and found == expected
