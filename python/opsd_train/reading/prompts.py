@@ -171,8 +171,8 @@ class Encoder:
             return self.tokenizer(texts, **how)["input_ids"]
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(
-                f"{origin}: expected text that the tokenizer can encode, got {texts[0][:60]!r}; {error} (does "
-                "a small vocabulary lack words of the template, or of the row?)"
+                f"{origin}: expected text that the tokenizer can encode, got {texts[0][:60]!r}; {error} "
+                "(does a small vocabulary lack words of the template, or of the row?)"
             ) from error
 
     def check_budget(self, row: "Row", student: int, teacher: int) -> None:
