@@ -1,4 +1,4 @@
-"""A server that the run starts, and runs of the command whose server fails; the package vllm is a fake one."""
+"""A server that the run starts, and runs of the command whose server fails; vllm is a fake one."""
 
 import json
 import subprocess
