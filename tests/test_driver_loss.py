@@ -42,7 +42,7 @@ def rolled_out(trainer: OPSDTrainer) -> dict[str, torch.Tensor]:
 
 
 def naive_loss(student: torch.nn.Module, teacher: torch.nn.Module, trainer: OPSDTrainer) -> torch.Tensor:
-    """Forward KL from the full logits of one unpadded sequence at a time, in the models' own dtype, summed in fp64."""
+    """Forward KL of full logits, one unpadded sequence at a time, in the models' dtype, summed in fp64."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for rollout in trainer.roll_out(trainer.prompts, trainer.sampling, (0, 0)):
         sides = []

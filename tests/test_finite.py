@@ -14,7 +14,7 @@ from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from opsd_train.data.rows import load_rows
 from opsd_train.loading import with_lora
 from opsd_train.pieces.private import NotFinite, PrivateGradient
-from opsd_train.safety.finite import BadSteps
+from opsd_train.safety.keep import BadSteps
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch.progress import RecordCallback

@@ -27,6 +27,7 @@ from opsd_train.safety import stops
 from opsd_train.safety.atomic import AtomicCheckpoints
 from opsd_train.safety.checkpoints import StepCallback
 from opsd_train.safety.finite import FiniteSteps
+from opsd_train.safety.lock import FolderLock
 from opsd_train.sharding import Ranks, shard_on_cpus
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers.weights import Teacher, make_teacher
@@ -105,6 +106,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         )
         self.remove_callback(PrinterCallback)
         self.ranks = Ranks(self.accelerator, model)
+        self.lock: FolderLock | None = None  # of the run's folder, given back when the run ends
         check_head(model, train_dataset[0].student_ids)
         self.readers: Readers | StoredReaders | None = None
         if self.stored is None or method is None:

@@ -42,12 +42,13 @@ def early_ends() -> Iterator[None]:
     """
     from opsd_train.engines.base import EngineError
     from opsd_train.safety.atomic import CheckpointError
-    from opsd_train.safety.finite import BadSteps
+    from opsd_train.safety.keep import BadSteps
     from opsd_train.safety.stops import Stopped
 
     try:
         yield
     except (Stopped, BadSteps, EngineError, CheckpointError, ValueError, OSError) as error:
         logger.debug("ended", exc_info=True)
-        Console(stderr=True).print(f"[red]ended:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        said = "; ".join([str(error), *getattr(error, "__notes__", [])])
+        Console(stderr=True).print(f"[red]ended:[/red] {escape(said)}", highlight=False, soft_wrap=True)
         raise typer.Exit(code=error.code if isinstance(error, Stopped) else 1) from None

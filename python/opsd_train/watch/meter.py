@@ -38,9 +38,9 @@ class Meter:
         self.start = self._begun = time.perf_counter()
         self._reset()
 
-    def restart(self) -> None:
-        """Training begins: what was counted before it does not count."""
-        self.start = time.perf_counter()
+    def restart(self, spent: float = 0.0) -> None:
+        """Training begins, after the seconds that its run has spent; nothing else before it counts."""
+        self.start = time.perf_counter() - spent
         self._reset()
 
     def begin_step(self) -> None:
