@@ -114,7 +114,7 @@ def test_accuracy_counts_what_a_roll_out_of_ones_own_counts(tmp_path: Path) -> N
 
 def test_metrics_of_a_step_are_means_over_its_tokens(tmp_path: Path) -> None:
     trainer = tiny_trainer(
-        tmp_path, max_steps=3, logging_steps=2, per_device_train_batch_size=4, num_train_epochs=9
+        tmp_path, max_steps=3, logging_steps=2, per_device_train_batch_size=4
     )
     trainer.train()
     (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -31,7 +31,7 @@ from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch import record, trackers
 from opsd_train.watch.inspection import inspect_rollouts
 from opsd_train.watch.meter import peak_memory_gb
-from opsd_train.watch.progress import ProgressCallback, RecordCallback, accuracy_table
+from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, make_progress, say
 from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
@@ -136,7 +136,9 @@ def _train(
     if written is not None:
         written.write_info(info)
         trainer.add_callback(RecordCallback(written))
-        trainer.add_callback(progress := ProgressCallback(console))
+        trainer.add_callback(progress := make_progress(console))
+        if not console.is_terminal:
+            say(console, f"{trainer.args.max_steps:,} steps, {trainer.args.device}")
     checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         look(trainer, written, console)
@@ -155,7 +157,8 @@ def _train(
 def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> None:
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
     step = trainer.state.global_step
-    with console.status(f"evaluating at step {step}"):
+    what = f"{len(trainer.held_out):,} held-out problems" if trainer.held_out else "a few rollouts"
+    with doing(console, f"step {step}: evaluating {what}"):
         if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
             trainer.evaluate()
         if (
