@@ -126,8 +126,8 @@ class OPSDConfig(
     learning_rate: float = option(5e-6, "Peak learning rate.")
     logging_steps: float = option(
         5,
-        "Write metrics every so many steps, and at the first and the last one. Measuring the tokens of such a step costs half of its loss "
-        "again: six products with the head instead of four.",
+        "Write metrics every so many steps, and at the first and the last one. Measuring the tokens of such "
+        "a step costs half of its loss again: six products with the head instead of four.",
     )
     logging_first_step: bool = option(True, "Write metrics at the first step.")
     eval_steps: float | None = option(20, "Evaluate every so many steps, with eval_strategy `steps`.")

@@ -20,6 +20,7 @@ from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
+from opsd_train.data.sampler import short_steps
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
@@ -76,6 +77,10 @@ def make_trainer(
     prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
     if not prompts:
         raise ValueError(f"data: expected at least one row that fits, got none of {len(rows)}")
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    fewer = short_steps(len(prompts), rollouts // config.num_generations, config.world_size)
+    if fewer is not None and config.private is None:
+        warnings.warn(fewer, stacklevel=2)
     return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 console = Console()
 OWN = {"opsd_train", "opsd_kernels"}
@@ -35,7 +36,18 @@ def _as_line(
 ) -> str:
     """A warning as the driver says it; where one of another package is from stands behind it."""
     own = category is UserWarning and OWN.intersection(Path(filename).parts)
-    return f"warning: {message}\n" if own else f"warning: {message} ({category.__name__}, {filename}:{lineno})\n"
+    return (
+        f"warning: {message}\n" if own else f"warning: {message} ({category.__name__}, {filename}:{lineno})\n"
+    )
+
+
+def show(table: Table) -> None:
+    """Print a table, with its title and caption as plain lines, which are not squeezed into its width."""
+    title, caption = table.title, table.caption
+    table.title = table.caption = None
+    for shown in (title, table, caption):
+        if shown:
+            console.print(shown, highlight=False, markup=False)
 
 
 @contextmanager
