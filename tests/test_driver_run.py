@@ -233,7 +233,10 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path: Path) -> None:
         (["--data", rows], "arguments are required: --model"),
         (["--data", rows, "--model", "/no/such/model"], "model: expected a local folder or a hub id"),
         (["--data", rows, "--model", full], f"model: {full} has no config.json"),
-        (["--data", tmp_path / "none.jsonl", "--model", full, "--loss-temprature", "2"], "loss_temperature"),
+        (
+            ["--data", tmp_path / "none.jsonl", "--model", full, "--loss-temprature", "2"],
+            "did you mean --loss-temperature?",
+        ),
         (
             ["--data", rows, "--model", full, "--config", config],
             "unknown option temprature; did you mean temper",
