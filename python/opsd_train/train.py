@@ -26,6 +26,7 @@ from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
+from opsd_train.data.sampler import short_steps
 from opsd_train.engines.launch import LOG
 from opsd_train.engines.place import FOLDER
 from opsd_train.evaluation.matched import how_judged
@@ -42,7 +43,7 @@ from opsd_train.watch import record, trackers
 from opsd_train.watch.inspection import inspect_rollouts
 from opsd_train.watch.journal import Journal
 from opsd_train.watch.meter import peak_memory_gb
-from opsd_train.watch.progress import ProgressCallback, RecordCallback, accuracy_table
+from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, make_progress, say
 from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
@@ -102,6 +103,10 @@ def make_trainer(
     prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
     if not prompts:
         raise ValueError(f"data: expected at least one row that fits, got none of {len(rows)}")
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    fewer = short_steps(len(prompts), rollouts // config.num_generations, config.world_size)
+    if fewer is not None and config.private is None:
+        warnings.warn(fewer, stacklevel=2)
     return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 
@@ -204,7 +209,9 @@ def _train(trainer: OPSDTrainer, journal: Journal | None, console: Console) -> N
     if journal is not None:
         written = journal.written
         trainer.add_callback(RecordCallback(written))
-        trainer.add_callback(progress := ProgressCallback(console))
+        trainer.add_callback(progress := make_progress(console))
+        if not console.is_terminal:
+            say(console, f"{trainer.args.max_steps:,} steps, {trainer.args.device}")
     checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
         begin(trainer, journal, 0)
@@ -223,7 +230,8 @@ def _train(trainer: OPSDTrainer, journal: Journal | None, console: Console) -> N
 def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> None:
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
     step = trainer.state.global_step
-    with console.status(f"evaluating at step {step}"):
+    what = f"{len(trainer.held_out):,} held-out problems" if trainer.held_out else "a few rollouts"
+    with doing(console, f"step {step}: evaluating {what}"):
         if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
             trainer.evaluate()
         if (

@@ -32,7 +32,7 @@ from opsd_train.sharding import Ranks, shard_on_cpus
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers.weights import Teacher, make_teacher
 from opsd_train.watch.completions import Completions
-from opsd_train.watch.meter import Meter, logs_next
+from opsd_train.watch.meter import LastStepCallback, Meter, logs_next
 from opsd_train.watch.metrics import teacher_mass
 
 
@@ -105,6 +105,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.add_callback(LastStepCallback())
         self.ranks = Ranks(self.accelerator, model)
         self.lock: FolderLock | None = None  # of the run's folder, given back when the run ends
         check_head(model, train_dataset[0].student_ids)

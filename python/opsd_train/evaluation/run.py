@@ -30,7 +30,7 @@ from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary
 from opsd_train.run_options import RunOptions
 from opsd_train.watch.completions import FOLDER, to_rows, write_parquet
-from opsd_train.watch.progress import interval, intervals
+from opsd_train.watch.progress import doing, interval, intervals
 from opsd_train.watch.record import INFO, Evaluation
 
 EVALUATION = "eval.json"
@@ -85,7 +85,7 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     check_head(student, prompts[0].student_ids)
     student.to(config.device)
     started = time.perf_counter()
-    with console.status(f"{len(prompts):,} problems, {config.eval_samples} samples each"):
+    with doing(console, f"{len(prompts):,} problems, {config.eval_samples} samples each"):
         findings, versions = _hold(config, student, tokenizer, prompts)
     seconds = time.perf_counter() - started
     found = findings.evaluation(0)
