@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from fake_vllm_server import VERSION, FakeServer
 from opsd_train.engines.base import EngineError
+from opsd_train.engines.hf import HFEngine
+from opsd_train.engines.table import ENGINES, Kind
 from opsd_train.rollouts import Sampling, generate
 from opsd_train.train import describe
 from server_engines import GREEDY, PROMPTS, STALL, make, move
@@ -250,3 +253,15 @@ def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(ser
 def test_options_out_of_range(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, rollouts="vllm-server", **settings)
+
+
+def test_an_engine_is_a_module_and_a_line_in_the_table(tmp_path, monkeypatch):
+    own = ModuleType("own_engine")
+    own.make = lambda config, student, tokenizer, vocabulary: HFEngine(student, vocabulary)
+    monkeypatch.setitem(sys.modules, "own_engine", own)
+    monkeypatch.setitem(ENGINES, "own", Kind("own_engine", "a test"))
+    trainer = tiny_trainer(tmp_path, rollouts="own", max_steps=1)
+    trainer.train()
+    assert trainer.engine.version == 0
+    with pytest.raises(ValueError, match="expected one of hf, vllm, vllm-server, own; got 'other'"):
+        tiny_config(tmp_path, rollouts="other")

@@ -22,6 +22,7 @@ from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
 from opsd_train.engines.launch import LOG
 from opsd_train.engines.place import FOLDER
+from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
@@ -112,6 +113,9 @@ def run(
             highlight=False,
             markup=False,
         )
+    if trainer.held_out:
+        sentence = how_judged(config.eval_match, len(trainer.held_out))
+        console.print(sentence, highlight=False, markup=False)
     started = time.perf_counter()
     info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
     trackers.aim(trainer)

@@ -137,6 +137,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
         self.meter.begin_step()
         self.agreement.begin_step()
+        self.ranks.hold_head(True)
         written = self._write(list(itertools.islice(epoch_iterator, num_batches)))
         self.engine.rest()
         self.expect(written)
@@ -180,6 +181,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     ) -> torch.Tensor:
         """The gradient of a micro-batch, or of a whole private step; returns the part's loss."""
         private, exposure = self.pieces.private, self.pieces.exposure
+        if self.accelerator.sync_gradients:  # the last of the step
+            self.ranks.hold_head(False)
         if private is None:
             with self.meter.phase("backward"):  # less the phases inside
                 loss = super().training_step(model, inputs, num_items_in_batch)

@@ -21,7 +21,7 @@ from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import Row, is_generated, load_rows
 from opsd_train.demo import task
-from opsd_train.demo.run import MODEL, PRESET
+from opsd_train.demo.run import MODEL, presets
 from opsd_train.engines.make import make_engine
 from opsd_train.evaluation.examine import Exam, Findings
 from opsd_train.json_files import dumps, write_atomically
@@ -68,9 +68,8 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         raise ValueError(f"out: expected a folder without an evaluation, but {out} holds one")
     model, recorded = resolve(str(MODEL) if request.model is None else request.model)
     given = [f"--model={model}", *recorded, *request.arguments]
-    options, config = parse(
-        [RunOptions, OPSDConfig], [PRESET] if request.demo else [], given, [f"--output_dir={out}", "--data="]
-    )
+    defaults = [f"--output_dir={out}", "--data="]
+    options, config = parse([RunOptions, OPSDConfig], presets(given) if request.demo else [], given, defaults)
     if request.demo:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)
