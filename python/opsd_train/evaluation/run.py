@@ -68,12 +68,8 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         raise ValueError(f"out: expected a folder without an evaluation, but {out} holds one")
     model, recorded = resolve(str(MODEL) if request.model is None else request.model)
     given = [f"--model={model}", *recorded, *request.arguments]
-    options, config = parse(
-        [RunOptions, OPSDConfig],
-        presets(given) if request.demo else [],
-        given,
-        [f"--output_dir={out}", "--data="],
-    )
+    defaults = [f"--output_dir={out}", "--data="]
+    options, config = parse([RunOptions, OPSDConfig], presets(given) if request.demo else [], given, defaults)
     if request.demo:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)
