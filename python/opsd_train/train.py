@@ -1,11 +1,8 @@
 """One run, from a model and rows to a report: what `opsd demo` and `opsd train` have in common."""
 
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +18,15 @@ from transformers import (
 )
 
 from opsd_kernels import get_method
-from opsd_train.backbone import causal_lm, positions_of
+from opsd_train.backbone import positions_of
 from opsd_train.config import OPSDConfig
-from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
+from opsd_train.data.quarantine import BAD_ROWS, Refuse, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
+from opsd_train.description import describe
+from opsd_train.engines.launch import LOG
+from opsd_train.engines.place import FOLDER
+from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
@@ -33,7 +34,7 @@ from opsd_train.report.page import write_report
 from opsd_train.run_options import RunOptions
 from opsd_train.safety import stops
 from opsd_train.safety.checkpoints import is_none_named, newest_checkpoint, supersede
-from opsd_train.safety.lock import LOCK, FolderLock
+from opsd_train.safety.lock import FolderLock
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch import record, trackers
 from opsd_train.watch.inspection import inspect_rollouts
@@ -43,7 +44,7 @@ from opsd_train.watch.progress import ProgressCallback, RecordCallback, accuracy
 from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
+LEFT = (BAD_ROWS, LOG, FOLDER, LOCK)  # what a run may leave that ended before it began
 
 
 def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
@@ -134,6 +135,9 @@ def run(
                 highlight=False,
                 markup=False,
             )
+        if trainer.held_out:
+            sentence = how_judged(config.eval_match, len(trainer.held_out))
+            console.print(sentence, highlight=False, markup=False)
         trackers.aim(trainer)
         try:
             with stops.watched(trainer):
@@ -234,11 +238,7 @@ def check_output(folder: str | Path | None, existing: Existing) -> None:
     path = Path(folder or ".")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path}")
-    held = (
-        sorted(entry.name for entry in path.iterdir() if entry.name not in (BAD_ROWS, LOCK))
-        if path.is_dir()
-        else []
-    )
+    held = sorted(entry.name for entry in path.iterdir() if entry.name not in LEFT) if path.is_dir() else []
     is_run = any(name in held for name in record.FILES)
     if held and not is_run:
         raise ValueError(f"out: expected an empty folder or a run, but {path} holds {', '.join(held[:3])}")
@@ -258,40 +258,3 @@ def last_checkpoint(config: OPSDConfig) -> str | None:
     if is_none_named(config.output_dir):
         return None
     return newest_checkpoint(config.output_dir)
-
-
-def describe(trainer: OPSDTrainer) -> dict[str, Any]:
-    """What run.json says about how a run was made."""
-    config = trainer.config
-    inherited = {field.name for field in fields(TrainingArguments)}
-    settings = {
-        field.name: value
-        for field in fields(config)
-        if isinstance(value := getattr(config, field.name), str | int | float | dict)
-        and (field.name not in inherited or value != field.default)
-        and not field.name.endswith("_token")  # a hub token is nobody else's business
-    }
-    inner = causal_lm(trainer.student)
-    return {
-        "parameters": sum(parameter.numel() for parameter in inner.parameters()),
-        "objective": _minimised(config, trainer),
-        "method": config.method,
-        "teacher": str(config.to_teacher()),
-        "config": settings,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES}
-        | trainer.engine.versions,
-        "device": str(trainer.args.device),
-        "rows": {
-            "training": len(trainer.prompts),
-            "held_out": len(trainer.held_out),
-            "set_aside": count(config.output_dir),
-        },
-    }
-
-
-def _minimised(config: OPSDConfig, trainer: OPSDTrainer) -> dict[str, Any]:
-    """The objective by its fields, or the method with the options that were given."""
-    if config.method is None:
-        return asdict(trainer.objective)
-    return {"method": config.method, **dict(config.method_options or {})}  # type: ignore[arg-type]
