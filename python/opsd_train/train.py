@@ -34,7 +34,7 @@ from opsd_train.report.page import write_report
 from opsd_train.run_options import RunOptions
 from opsd_train.safety import stops
 from opsd_train.safety.checkpoints import is_none_named, newest_checkpoint, supersede
-from opsd_train.safety.lock import FolderLock
+from opsd_train.safety.lock import LOCK, FolderLock
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch import record, trackers
 from opsd_train.watch.inspection import inspect_rollouts
