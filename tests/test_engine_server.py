@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from fake_vllm_server import VERSION, FakeServer
+from opsd_train.description import describe
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.hf import HFEngine
 from opsd_train.engines.table import ENGINES, Kind
 from opsd_train.rollouts import Sampling, generate
-from opsd_train.train import describe
 from server_engines import GREEDY, PROMPTS, STALL, make, move
 
 

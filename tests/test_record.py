@@ -123,3 +123,37 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=rf"directory: expected a run folder, .*metrics\.jsonl.*{name}"):
         load_run(tmp_path / name)
+
+
+def test_going_back_keeps_what_it_drops_before_it_drops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = RunRecord(tmp_path)
+    for step in (1, 2, 3):
+        written.log(step, {"loss": 1.0})
+    written.add_evaluation(AFTER)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("garbled\n")
+    (tmp_path / "superseded.jsonl").write_text('{"metrics": {"st')  # torn by a crash
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with monkeypatch.context() as crash:
+        crash.setattr("opsd_train.watch.record.write_atomically", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            written.rewind(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    kept = (tmp_path / "superseded.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line).keys() for line in kept] == [{"metrics"}, {"unread"}, {"evaluations"}]
+    assert json.loads(kept[1]) == {"unread": "garbled"}
+    written.rewind(2)
+    run = load_run(tmp_path)
+    assert ([row["step"] for row in run.metrics], run.evaluations, run.problems) == ([1, 2], [], [])
+
+
+def test_going_back_in_a_record_that_cannot_be_read_changes_nothing(tmp_path: Path) -> None:
+    written = RunRecord(tmp_path)
+    written.log(5, {"loss": 1.0})
+    (tmp_path / "evaluations.json").write_text("[{")
+    with pytest.raises(ValueError, match="expected a readable run"):
+        written.rewind(2)
+    assert [row["step"] for row in load_run(tmp_path).metrics] == [5]
+    assert not (tmp_path / "superseded.jsonl").exists()

@@ -276,3 +276,23 @@ def test_error_bars_stand_where_the_interval_is() -> None:
     assert first[1:4] == (83.0, bottom + 0.75 * (top - bottom), bottom + 0.25 * (top - bottom))
     assert last[1:3] == (top, top)
     assert first[4] == "greedy, step 0: 50.0 % (95 % CI 25.0 to 75.0)"
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        (
+            {"how": "stopped", "why": "SIGTERM", "step": 71, "of": 200},
+            "Stopped by SIGTERM after step 71 of 200; resume with --resume-from-checkpoint last.",
+        ),
+        (None, "At step 0 when this page was written. If the run was killed, resume with"),
+        ({"how": "finished", "step": 2, "of": 2}, "The run is finished; nothing was measured."),
+    ],
+)
+def test_a_run_says_first_how_it_ended(tmp_path: Path, ended: dict[str, object] | None, said: str) -> None:
+    RunRecord(tmp_path).write_info({"ended": ended})
+    _, page = page_of(tmp_path)
+    assert said in page.text
+    over = ended is not None and ended["how"] == "finished"
+    assert ("Nothing has been measured yet." in page.text) is not over
+    assert any(attrs.get("class") == "banner" for _, attrs in page.elements) is not over

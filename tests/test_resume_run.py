@@ -1,4 +1,4 @@
-"""Whole runs that go on: from an earlier checkpoint, by mistake, before the first checkpoint, after errors."""
+"""Whole runs that go on: from an earlier checkpoint, by mistake, before the first one, after errors."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from opsd_train.safety import stops
 from opsd_train.safety.checkpoints import newest_checkpoint
 from opsd_train.safety.keep import BadSteps
 from opsd_train.safety.lock import LOCK, FolderLock
-from opsd_train.train import check_output, run, train
+from opsd_train.train import Existing, check_output, run, train
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch.record import load_run
 from poison import poison
@@ -38,11 +38,11 @@ def trainer_of(out: Path, **settings: Any) -> OPSDTrainer:
 
 
 def go(trainer: OPSDTrainer) -> None:
-    resumes = "resume" if trainer.config.resume_from_checkpoint else "error"
+    resumes: Existing = "resume" if trainer.config.resume_from_checkpoint else "error"
     run(trainer, {"name": "n", "model": "m"}, Console(quiet=True), resumes)
 
 
-def steps_of(out: Path) -> list[int]:
+def steps_of(out: Path) -> list[float]:
     return [entry["step"] for entry in load_run(out).metrics]
 
 
@@ -155,7 +155,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -
     with pytest.raises(ValueError, match="holds a run"):
         prepare()
     assert ended(out) is None
-    assert banner(load_run(out)).startswith("At step 2 when")
+    assert str(banner(load_run(out))).startswith("At step 2 when")
     go(prepare(resume_from_checkpoint="last"))
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
     lines = [
@@ -215,7 +215,7 @@ def test_steps_are_kept_when_too_many_were_not_finite(tmp_path: Path) -> None:
 
 
 def test_what_a_resumed_run_says_of_itself(tmp_path: Path) -> None:
-    """How often it saves and logs is its own, its clock goes on, and its engine gets the checkpoint's weights."""
+    """Its intervals are its own, its clock goes on, and its engine gets the checkpoint's weights."""
     go(trainer_of(tmp_path))
     first, time = json.loads((tmp_path / "run.json").read_text()), load_run(tmp_path).metrics[1]["seconds"]
     first["seconds"] = 1000.0
@@ -224,7 +224,7 @@ def test_what_a_resumed_run_says_of_itself(tmp_path: Path) -> None:
     trainer = trainer_of(
         tmp_path, save_steps=3, logging_steps=2, resume_from_checkpoint=f"{tmp_path}/checkpoint-2"
     )
-    trainer.engine.follow = told.append
+    trainer.engine.follow = told.append  # type: ignore[method-assign,assignment]
     trainer.engine_behind = False  # as after an evaluation
     go(trainer)
     assert names(tmp_path, "checkpoint-*") == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]

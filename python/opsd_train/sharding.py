@@ -79,8 +79,7 @@ class Ranks:
         Raises:
             RuntimeError: in the others, if it failed; the first one raises its own error.
         """
-        failure: Exception | None = None
-        found: Result | None = None
+        failure, found = None, None
         try:
             found = action() if self.index == 0 else None
         except Exception as error:

@@ -1,11 +1,8 @@
 """One run, from a model and rows to a report: what `opsd demo` and `opsd train` have in common."""
 
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +18,13 @@ from transformers import (
 )
 
 from opsd_kernels import get_method
-from opsd_train.backbone import causal_lm, positions_of
+from opsd_train.backbone import positions_of
 from opsd_train.config import OPSDConfig
-from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
+from opsd_train.data.quarantine import BAD_ROWS, Refuse, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
 from opsd_train.data.sampler import short_steps
+from opsd_train.description import describe
 from opsd_train.engines.launch import LOG
 from opsd_train.engines.place import FOLDER
 from opsd_train.evaluation.matched import how_judged
@@ -48,7 +46,6 @@ from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
 LEFT = (BAD_ROWS, LOG, FOLDER, LOCK)  # what a run may leave that ended before it began
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
 
 
 def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
@@ -269,40 +266,3 @@ def last_checkpoint(config: OPSDConfig) -> str | None:
     if is_none_named(config.output_dir):
         return None
     return newest_checkpoint(config.output_dir)
-
-
-def describe(trainer: OPSDTrainer) -> dict[str, Any]:
-    """What run.json says about how a run was made."""
-    config = trainer.config
-    inherited = {field.name for field in fields(TrainingArguments)}
-    settings = {
-        field.name: value
-        for field in fields(config)
-        if isinstance(value := getattr(config, field.name), str | int | float | dict)
-        and (field.name not in inherited or value != field.default)
-        and not field.name.endswith("_token")  # a hub token is nobody else's business
-    }
-    inner = causal_lm(trainer.student)
-    return {
-        "parameters": sum(parameter.numel() for parameter in inner.parameters()),
-        "objective": _minimised(config, trainer),
-        "method": config.method,
-        "teacher": str(config.to_teacher()),
-        "config": settings,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES}
-        | trainer.engine.versions,
-        "device": str(trainer.args.device),
-        "rows": {
-            "training": len(trainer.prompts),
-            "held_out": len(trainer.held_out),
-            "set_aside": count(config.output_dir),
-        },
-    }
-
-
-def _minimised(config: OPSDConfig, trainer: OPSDTrainer) -> dict[str, Any]:
-    """The objective by its fields, or the method with the options that were given."""
-    if config.method is None:
-        return asdict(trainer.objective)
-    return {"method": config.method, **dict(config.method_options or {})}  # type: ignore[arg-type]
