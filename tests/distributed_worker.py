@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
+from head_gathers import HeadGathers
 from opsd_train.data.rows import load_rows
 from opsd_train.evaluation.verify import Verifier
 from opsd_train.loading import with_lora
@@ -29,11 +30,18 @@ ZERO = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }
+# Tiny weights are whole all the time otherwise.
+PARTITIONED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
 WRAPPERS: dict[str, dict[str, Any]] = {
     "none": {},
     "ddp": {},
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}},
     "zero": {"deepspeed": ZERO},
+    "zero_parts": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3, **PARTITIONED}}},
 }
 # Greedy rollouts do not depend on which process writes them, and plain gradient steps, unlike AdamW's, are in
 # proportion to the gradients that are compared.
@@ -101,9 +109,11 @@ def by_length(model: Any) -> list[dict[str, str]]:
 
 def outcome(trainer: OPSDTrainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Trains, and returns the whole weights that are trained and what was logged and found."""
-    before = trainer.evaluate()
+    before, gathers = trainer.evaluate(), HeadGathers()
+    trainer.add_callback(gathers)
     trainer.train()
     found = {"before": before, "after": trainer.evaluate(), "sharded": trainer.ranks.sharded}
+    found |= {"gathers": gathers.steps, "saved": gathers.saved}
     found["logs"] = [line for line in trainer.state.log_history if "loss" in line]
     found["written"] = [list(one.completion) for one in written_after(trainer)]
     if trainer.method is None:
@@ -129,7 +139,7 @@ def without_kernels() -> None:
 def main() -> None:
     """Runs every case in turn; the first process writes the weights and the rest, any its error."""
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    if any(case["wrapper"] == "zero" for case in cases.values()):
+    if any(case["wrapper"].startswith("zero") for case in cases.values()):
         without_kernels()
     for name, case in cases.items():
         AcceleratorState._reset_state()

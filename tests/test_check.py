@@ -73,14 +73,14 @@ def test_positions_of_the_model_count_the_completion(tmp_path: Path) -> None:
     [
         (
             [{"prompt": "1+1=", "teacher_prompt": "2"}],
-            "1 rows have a teacher's prompt in which the",
+            "1 row has a teacher's prompt in which the",
         ),
         (
             [{"prompt": "1+1=", "teacher_prompt": "1+1="}],
-            "1 rows have a teacher that reads no more",
+            "1 row has a teacher that reads no more",
         ),
-        ([ROWS[0], ROWS[0]], "1 rows come again"),
-        ([{"problem": "1" * 25, "solution": "1" * 24}], "1 rows have the solution in the student's prompt"),
+        ([ROWS[0], ROWS[0]], "1 row comes again"),
+        ([{"problem": "1" * 25, "solution": "1" * 24}], "1 row has the solution in the student's prompt"),
     ],
 )
 def test_texts_that_are_seldom_meant(tmp_path: Path, rows: list[dict], message: str) -> None:
@@ -91,7 +91,7 @@ def test_texts_that_are_seldom_meant(tmp_path: Path, rows: list[dict], message: 
 
 def test_special_tokens_in_the_text_are_told(tmp_path: Path) -> None:
     (warning,) = findings(tmp_path, [*ROWS, {"problem": "1<|pad|>", "solution": "3"}]).warnings
-    assert warning.startswith("1 rows have a special token of the tokenizer in their text; the first is ")
+    assert warning.startswith("1 row has a special token of the tokenizer in the text; the first is ")
     assert warning.endswith("rows.jsonl line 9")
 
 
@@ -145,7 +145,7 @@ def test_command_shows_tokens_and_leaves_with_1_for_refused_rows(tmp_path: Path)
     code, output = invoke(rows, *words)
     assert code == 1
     assert "rows.jsonl line 9: expected a JSON object" in output
-    assert "1 rows would be refused" in output
+    assert "1 of 9 rows would be refused" in output
     code, output = invoke(tmp_path / "none.jsonl")
     assert code == 2
     assert not (Path.cwd() / "opsd-unused").exists()
@@ -159,15 +159,59 @@ def test_everything_is_told_in_80_columns(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, long]))
     words = ["--student_template={problem}", "--teacher_template={solution};{problem}", "--use_cpu"]
-    budgets = [f"--max_{what}_length=131072" for what in ("prompt", "teacher_prompt", "completion")]
+    budgets = [f"--max_{what}_length=131072" for what in ("prompt", "teacher_prompt")]
+    budgets.append("--max_completion_length=32768")
     code, output = invoke(rows, "--model", tmp_path / "model", *words, *budgets, width=80)
     assert code == 0, output
     assert "…" not in output
     lines = [line.split() for line in output.splitlines()]
-    assert ["teacher's", "prompt", "10", "15,004", "15,004", "15,004", "131,072", "0"] in lines
+    assert ["teacher's", "prompt", "10", "15,003", "15,003", "15,003", "131,072", "0"] in lines
     assert ["max_teacher_prompt_length"] in lines
-    longest = ["131,082", "146,076", "146,076", "146,076", "262,144", "0"]
-    assert ["prompt", "and", "completion", *longest] in lines or longest in [line[-6:] for line in lines]
+    longest = ["32,778", "47,771", "47,771", "47,771", "262,144", "0"]
+    assert ["prompt", "and", "completion", *longest] in lines
     assert name in "".join(line.strip().removesuffix("1").strip() for line in output.splitlines())
     tables = output[: output.index("all 9 rows")]
     assert max(len(line) for line in tables.splitlines() if str(tmp_path) not in line) <= 80
+
+
+def test_all_rows_are_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    # The demo's tokenizer has no token for the words of the default templates.
+    code, output = invoke(rows, "--model", tmp_path / "model", "--use_cpu")
+    assert code == 1
+    assert output.count("refused: ") == 3
+    assert "line 1: student_template: expected text that the tokenizer can encode" in " ".join(output.split())
+    assert "3 of 3 rows would be refused" in output
+    assert "where they meet" not in output
+    rows.write_text('{"a": 1}\n')
+    code, output = invoke(rows, "--use_cpu")
+    assert code == 1
+    assert output.count("refused: ") == 1
+    assert "1 of 1 row would be refused" in output
+    assert "columns" in output  # which were expected
+    rows.write_text("")
+    assert invoke(rows, "--use_cpu")[0] == 2
+
+
+def test_without_a_model_the_texts_are_shown(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    chat = [{"role": "system", "content": "Be [bold]brief."}, {"role": "user", "content": "1+1="}]
+    records = [{"prompt": chat, "privileged_context": "It is 2."}, {"prompt": "2+2=", "teacher_prompt": "4"}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in records))
+    code, output = invoke(rows, "--use_cpu", "--context_template={prompt} Known: {privileged_context}")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    shown = [line for line in lines if line.startswith(("student", "teacher"))]
+    assert shown == [
+        "student system Be [bold]brief.", "student user 1+1=",
+        "teacher system Be [bold]brief.", "teacher user 1+1= Known: It is 2.",
+    ]  # fmt: skip
+    code, output = invoke(rows, "--use_cpu", "--rows", "2")
+    assert "4" in " ".join(output.split()).split("line 2, texts")[1]
+    rows.write_text(json.dumps(records[1]) + "\n")
+    code, output = invoke(rows, "--use_cpu", "--rows", "0")
+    assert "1 row would be trained on" in output
+    assert "texts" not in output

@@ -38,15 +38,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_run_of_two_processes_goes_on_bit_for_bit(two: Path, case: str) -> None:
-    whole, resumed, before = (two / one for one in (case, f"{case}-resumed", f"{case}/checkpoint-2"))
-    last = whole / "checkpoint-3"
+    whole, resumed, before = (two / one for one in (case, f"{case}-resumed", f"{case}/checkpoint-3"))
+    last = whole / "checkpoint-4"
     assert folders.what_is_wrong(last, digests=True) is None
     assert (folders.read_marker(last) or {})["processes"] == 2
     held = {path.name for path in last.glob("*.safetensors")}
     weights = "adapter_model.safetensors" if CASES[case]["lora"] else "model.safetensors"
     assert {"optimizer.safetensors", "rank-00000.safetensors", "rank-00001.safetensors", weights} <= held
     for name in held:
-        assert (resumed / "checkpoint-3" / name).read_bytes() == (last / name).read_bytes(), name
+        assert (resumed / "checkpoint-4" / name).read_bytes() == (last / name).read_bytes(), name
     assert (last / weights).read_bytes() != (before / weights).read_bytes()
     assert (whole / "model" / weights).read_bytes() == (resumed / "model" / weights).read_bytes()
-    assert sorted(path.name for path in whole.iterdir()) == [*(f"checkpoint-{n}" for n in (1, 2, 3)), "model"]
+    checkpoints = [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert sorted(path.name for path in whole.iterdir()) == [*checkpoints, "model"]

@@ -185,6 +185,20 @@ def test_what_a_completion_states_is_scored(completion: str, reward: float) -> N
     assert generated.score(completion, "17", columns) == reward
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer", "stated"),
+    [
+        ("1,2", "12", "1,2"),
+        ("The answer is 3,5", "35", "3,5"),
+        ("so 1,234", "1234", "1234"),
+        ("so 12.11", "12.11", "12.11"),
+        ("The answer is \u22125", "-5", "-5"),
+    ],
+)
+def test_commas_are_dropped_between_thousands_alone(completion: str, answer: str, stated: str) -> None:
+    assert generated.stated(completion, answer) == stated
+
+
 def test_task_without_worked_solution_states_the_answer_and_open_ones_an_example() -> None:
     (row,) = load_rows("reasoning_gym:chain_sum?size=1&min_terms=2&max_terms=2&max_digits=1", TEMPLATES)
     assert row.columns["solution"] == f"The answer is {row.answer}."

@@ -21,6 +21,7 @@ from opsd_train.sharding import Ranks, through
 HERE = Path(__file__).parent
 ACCUMULATED = {"rows": 2, "gradient_accumulation_steps": 2}
 CHECKPOINTED = {"gradient_checkpointing": True}
+FOUR = {"rows": 1, "gradient_accumulation_steps": 4}
 CASES: dict[str, dict[str, Any]] = {
     "ddp_full": {"wrapper": "ddp"},
     "ddp_lora": {"wrapper": "ddp", "lora": True, "teacher": "ema", **CHECKPOINTED, **ACCUMULATED},
@@ -42,11 +43,19 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp_lora_ema": {"wrapper": "fsdp", "lora": True, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_method": {"wrapper": "fsdp", "method": "purified_opsd", "teacher": "ema"},
     "fsdp_bf16": {"wrapper": "fsdp", "bf16": True},
+    "fsdp_four": {"wrapper": "fsdp", **FOUR},
+    "fsdp_four_untied": {"wrapper": "fsdp", "tied": False, "teacher": "live", **CHECKPOINTED, **FOUR},
+    "fsdp_four_lora": {"wrapper": "fsdp", "lora": True, "tied": False, **FOUR},
+    "fsdp_four_tied": {"wrapper": "fsdp", "lora": True, "teacher": "ema", **FOUR},
 }  # fmt: skip
 ZERO_CASES: dict[str, dict[str, Any]] = {
     "zero_full": {"wrapper": "zero"},
     "zero_lora": {"wrapper": "zero", "lora": True, "teacher": "ema", "ema_decay": 0.5, **ACCUMULATED},
     "zero_untied": {"wrapper": "zero", "tied": False, "teacher": "live", **CHECKPOINTED},
+    "zero_four": {"wrapper": "zero_parts", **FOUR},
+    "zero_four_untied": {"wrapper": "zero_parts", "tied": False, "teacher": "live", **CHECKPOINTED, **FOUR},
+    "zero_four_lora": {"wrapper": "zero_parts", "lora": True, "tied": False, **FOUR},
+    "zero_four_tied": {"wrapper": "zero_parts", "lora": True, "teacher": "live", **FOUR},
 }
 
 
@@ -113,6 +122,17 @@ def test_two_processes_are_one(two: Path, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ZERO_CASES)
 def test_two_processes_with_deepspeed_are_one(zero: Path, tmp_path: Path, name: str) -> None:
     compare(zero, name, ZERO_CASES[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES | ZERO_CASES if "four" in name])
+def test_a_head_is_gathered_once_per_step(request: pytest.FixtureRequest, name: str) -> None:
+    """For rollouts, teacher and student, forward and backward, in all four micro-batches of each step."""
+    if name in ZERO_CASES:
+        pytest.importorskip("deepspeed")
+    folder = request.getfixturevalue("two" if name in CASES else "zero")
+    found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert found["gathers"][:2] == [1, 1]
+    assert found["saved"] == [True] * 3
 
 
 def test_a_process_without_tokens_takes_part(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a teacher is told, text by text, and how several roles read along."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -236,3 +237,53 @@ def test_collated_role_has_the_completions_at_the_end() -> None:
     found = collate_role("other", [(4, 5, 6), (7,)], [(8,), (9, 10)], pad_id=0)
     assert torch.equal(found["other_input_ids"], torch.tensor([[4, 5, 6, 8, 0], [0, 0, 7, 9, 10]]))
     assert torch.equal(found["other_attention_mask"], torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]))
+
+
+SWITCHED = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+    "{% if enable_thinking is defined and not enable_thinking %}={% else %}+{% endif %}{% endif %}"
+)
+
+
+def test_who_is_told_nothing_reads_the_student_s_ids_whatever_the_teacher_s_switch() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = SWITCHED
+    encoder = Encoder(tokenizer, 32, 32, {"enable_thinking": False}, {"enable_thinking": True})
+    rows = load_rows([{"problem": "1+2=", "solution": "3"}, {"problem": "2+2="}], TEMPLATES, False)
+    students = tuple(prompt.student_ids for prompt in encoder.encode(rows))
+    assert [tokenizer.decode(ids) for ids in students] == ["1+2==", "2+2=="]
+    roles = {"reference": Context("plain"), "teacher": Context("full_solution", {"template": "{solution};"})}
+    found = Roles(roles).read(rows, encoder)
+    assert found["reference"].ids == students
+    assert found["teacher"].privileged == (True, False)
+    assert tokenizer.decode(found["teacher"].ids[0]) == "3;+"
+    assert found["teacher"].ids[1] == students[1]
+    long = Roles({"teacher": Context("sibling", {"template": "{demonstration}"})}).read(
+        rows, encoder, [Attempt("4" * 40, 1.0), Attempt("5", 1.0)]
+    )
+    assert long["teacher"].ids == students
+
+
+@pytest.mark.parametrize(
+    ("record", "templates", "option"),
+    [
+        ({"problem": "1+2=", "solution": "3"}, {"student": "Solve {problem}"}, "student_template"),
+        ({"problem": "1+2=", "solution": "3"}, {"teacher": "See {solution};{problem}"}, "teacher_template"),
+        ({"prompt": "1+2=", "privileged_context": "3"}, {"student": "{problem}"}, "context_template"),
+        ({"prompt": "1+2=", "teacher_prompt": "See"}, {"student": "{problem}"}, "teacher_prompt"),
+        ({"prompt": "See", "teacher_prompt": "1"}, {"student": "{problem}"}, "prompt"),
+    ],
+)
+def test_text_without_tokens_names_where_it_is_from(record: dict, templates: dict, option: str) -> None:
+    given = Templates(**({"student": "{problem}", "teacher": "{solution};{problem}"} | templates))
+    with pytest.raises(
+        ValueError, match=f"row 1: {option}: expected text that the tokenizer can encode, got"
+    ):
+        Encoder(TOKENIZER, 64, 64).encode(load_rows([record], given))
+
+
+def test_context_without_tokens_names_its_template() -> None:
+    rows = load_rows([{"problem": "1+2=", "answer": "3"}, {"problem": "2+2="}], TEMPLATES, False)
+    for role, options in (("answer_only", {}), ("answer_only", {"template": "{answer} it is"})):
+        with pytest.raises(ValueError, match=r"row 1: context_templates \('answer_only'\): expected text"):
+            Roles({"teacher": Context(role, options)}).read(rows, Encoder(TOKENIZER, 64, 64))

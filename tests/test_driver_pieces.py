@@ -226,7 +226,8 @@ def test_wrong_options(tmp_path: Path, settings: dict[str, Any], message: str) -
 
 
 def made(out: Path, settings: dict[str, Any]) -> OPSDTrainer:
-    config = tiny_config(out, **{"context_templates": TEMPLATES, **settings})
+    templates = {"context_templates": TEMPLATES} if "method" in settings else {}
+    config = tiny_config(out, **templates, **settings)
     return make_trainer(tiny_model(), TOKENIZER, load_rows(ROWS, config.to_templates()), [], config)
 
 

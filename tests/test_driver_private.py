@@ -20,8 +20,10 @@ QUIET = {"clip": 0.5, "noise": 1e-9, "seed": 7}  # noise that the fp32 sums do n
 def private_trainer(out: Path, method: str | None = None, **settings: Any) -> OPSDTrainer:
     given: dict[str, Any] = {
         "private": QUIET, "per_device_train_batch_size": 4, "logging_steps": 1, "max_grad_norm": 0.0,
-        "context_templates": {"full_solution": "{solution};{problem}"}, "method": method,
+        "method": method,
     }  # fmt: skip
+    if method is not None:
+        given["context_templates"] = {"full_solution": "{solution};{problem}"}
     config = tiny_config(out, **(given | settings))
     return make_trainer(tiny_model(), TOKENIZER, load_rows(ROWS, config.to_templates()), [], config)
 

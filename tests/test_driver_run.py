@@ -80,6 +80,15 @@ def test_matches() -> None:
         ("3,14", "314", False),
         ("9007199254740993", "9007199254740992", False),
         ("1" * 400, "2" * 400, False),
+        ("The answer is \u22125", "5", False),
+        ("The answer is \u22125", "-5", True),
+        ("\u22121,234.5", "-1234.5", True),
+        ("10\u22125", "5", True),
+        ("1.5e3", "3", False),
+        ("1.5e3", "1500", True),
+        ("about 2E-2.", "0.02", True),
+        ("1e5x", "5", True),
+        ("1e99999999999999999999", "99999999999999999999", False),
     ],
 )
 def test_numbers(text: str, answer: str, same: bool) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from fake_vllm_server import VERSION, FakeServer
 from opsd_train.engines.base import EngineError
+from opsd_train.engines.hf import HFEngine
+from opsd_train.engines.table import ENGINES, Kind
 from opsd_train.rollouts import Sampling, generate
 from opsd_train.train import describe
 from server_engines import GREEDY, PROMPTS, STALL, make, move
@@ -173,7 +176,7 @@ def test_a_fault_while_weights_are_sent_is_found(server, tmp_path, fault, messag
     with pytest.raises(EngineError, match=message):
         engine.follow(1)
     assert time.monotonic() - start < STALL + 1
-    assert not list((tmp_path / "vllm-sync").glob("*"))  # weights that nobody reads
+    assert not list((tmp_path / "vllm-sync").rglob("*.safetensors"))  # weights that nobody reads
 
 
 def test_weights_that_did_not_arrive_are_found_by_log_probs_alone(server, tmp_path):
@@ -250,3 +253,15 @@ def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(ser
 def test_options_out_of_range(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, rollouts="vllm-server", **settings)
+
+
+def test_an_engine_is_a_module_and_a_line_in_the_table(tmp_path, monkeypatch):
+    own = ModuleType("own_engine")
+    own.make = lambda config, student, tokenizer, vocabulary: HFEngine(student, vocabulary)
+    monkeypatch.setitem(sys.modules, "own_engine", own)
+    monkeypatch.setitem(ENGINES, "own", Kind("own_engine", "a test"))
+    trainer = tiny_trainer(tmp_path, rollouts="own", max_steps=1)
+    trainer.train()
+    assert trainer.engine.version == 0
+    with pytest.raises(ValueError, match="expected one of hf, vllm, vllm-server, own; got 'other'"):
+        tiny_config(tmp_path, rollouts="other")

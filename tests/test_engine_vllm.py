@@ -1,19 +1,23 @@
 """Rollouts by a real vLLM in this process: written with the student's weights and their log-probabilities."""
 
 import importlib.resources
+import json
 import math
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from typer.testing import CliRunner
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from opsd_train.backbone import causal_lm
+from opsd_train.commands.main import app
 from opsd_train.demo.run import MODEL
 from opsd_train.engines.base import Completion, EngineError
 from opsd_train.engines.hf import HFEngine
@@ -22,7 +26,7 @@ from opsd_train.loading import load
 from opsd_train.rollouts import Sampling, Vocabulary
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 
 PROMPTS = [(2, 5, 6, 7, 3), (2, 9, 10, 3), (2, 11, 12, 13, 14, 3), (2, 6, 3)] * 4
 GREEDY, DRAWN = Sampling(0.0, 1.0, 0, 8), Sampling(1.0, 1.0, 0, 8)
@@ -161,6 +165,25 @@ def test_the_trainer_goes_on_with_the_rollouts_of_vllm(tmp_path: Path) -> None:
         assert torch.get_num_threads() == threads
     finally:
         trainer.engine.close()
+
+
+def test_opsd_eval_finds_what_it_finds_with_transformers(tmp_path: Path) -> None:
+    found, frames = {}, {}
+    for kind in ("hf", "vllm"):
+        out = tmp_path / kind
+        done = CliRunner().invoke(app, ["eval", "--demo", "--rollouts", kind, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        found[kind] = json.loads((out / "eval.json").read_text())
+        frames[kind] = pandas.read_parquet(out / "completions" / "eval.parquet")
+    greedy = [frame[frame["decoding"] == "greedy"]["completion"].tolist() for frame in frames.values()]
+    assert len(greedy[0]) == found["hf"]["greedy"]["total"] >= 256
+    same = sum(a == b for a, b in zip(*greedy, strict=True))
+    assert same >= 0.99 * len(greedy[0])  # two tokens may be equally likely
+    low, high = found["hf"]["sampled"]["low"], found["hf"]["sampled"]["high"]
+    assert low - 0.05 < found["vllm"]["sampled"]["accuracy"] < high + 0.05
+    assert found["vllm"]["config"]["rollouts"] == "vllm"
+    assert found["vllm"]["versions"]["vllm"] == vllm.__version__
+    assert "vllm" not in found["hf"]["versions"]
 
 
 def test_a_hanging_engine_is_found(closing, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_completions_come_in_the_order_of_the_prompts_with_their_version(
     one.follow(7)
     written = one.write(PROMPTS, SAMPLING, (0, 0))
     assert written == [Completion((5, 5, 5, 1), (LOGPROB,) * 4, version=7)] * 3
+    assert one.versions == {"vllm": sys.modules["vllm"].__version__}
     asked = {tuple(prompt): params for _, prompt, params in behaviour.calls[2:]}
     assert sorted(asked) == sorted(PROMPTS)
     params = asked[3, 4].__dict__
@@ -265,7 +266,7 @@ def test_options_out_of_range_are_refused(tmp_path: Path, settings: dict, messag
 
 def test_a_missing_an_old_and_a_changed_package_are_refused(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"rollouts: expected the package vllm 0\.31 or newer"):
+    with pytest.raises(ValueError, match=r"rollouts: expected the package vllm 0\.32 or newer"):
         engine(tmp_path)
     old = fake_vllm(Behaviour(), "0.19.1")["vllm"]
     monkeypatch.setitem(sys.modules, "vllm", old)

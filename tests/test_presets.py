@@ -12,6 +12,8 @@ from opsd_train.commands.options import layers, parse
 from opsd_train.commands.presets import names, preset
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import load_rows
+from opsd_train.demo.run import PRESET
+from opsd_train.demo.run import presets as demo_presets
 from opsd_train.reading.prompts import Encoder
 from opsd_train.run_options import RunOptions
 from opsd_train.train import make_trainer
@@ -76,6 +78,33 @@ def test_every_preset_builds_its_trainer(tmp_path: Path, name: str) -> None:
         trainer = make_trainer(tiny_model(), TOKENIZER, rows, [], config)
     assert len(trainer.prompts) == len(ROWS)
     assert (trainer.method is None) == ("method" not in one.options)
+
+
+def test_presets_of_mathematics_judge_mathematics(tmp_path: Path) -> None:
+    assert {name: of(name, tmp_path)[1].eval_match for name in names()} == dict.fromkeys(names(), "math")
+    assert of("opsd", tmp_path, "--eval-match=number")[1].eval_match == "number"
+    assert of(None, tmp_path)[1].eval_match == "exact"
+
+
+def test_context_templates_without_a_method_are_refused(tmp_path: Path) -> None:
+    message = r"context_templates: without --method, .* --teacher-template .* or --context-template"
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, context_templates={"full_solution": "{solution};{problem}"})
+    templates = {"full_solution": "{solution}"}
+    assert tiny_config(tmp_path, method="opsd", context_templates=templates).context_templates == templates
+
+
+def test_demo_has_templates_of_contexts_with_a_method_alone() -> None:
+    assert demo_presets(["--max_steps=3"]) == [PRESET]
+    assert demo_presets(["--seed=1", "--method", "opsd"]) == demo_presets(["--method=opsd"])
+    found = [
+        parse([OPSDConfig], demo_presets(words), [*words, "--output_dir=x"])[0]
+        for words in ([], ["--method=opsd"])
+    ]
+    assert [sorted(config.context_templates or ()) for config in found] == [
+        [],
+        ["answer_only", "full_solution", "sibling", "wrong_answer"],
+    ]
 
 
 def test_presets_are_listed_with_their_sources() -> None:

@@ -1,15 +1,21 @@
 """A run goes on from a checkpoint bit for bit, and its record has every step once."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import TrainerCallback, TrainerState
 
 from checkpoint_runs import content, go, student
 from driver_tiny import tiny_model, tiny_trainer
+from opsd_train.safety import stops
+from opsd_train.train import run
+from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch.record import RunRecord, load_run
 
 MATRIX: dict[str, dict[str, Any]] = {
@@ -117,3 +123,48 @@ def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path: Path) -> None:
     assert [one["metrics"]["step"] for one in dropped[:2]] == [4, 5]
     assert dropped[2]["evaluations"]["step"] == 5
     assert len(dropped) == 3
+
+
+@pytest.mark.parametrize("spared", [False, True])
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path, spared: bool) -> None:
+    """The signal comes in the evaluation, or in the step before, which then leaves it out."""
+
+    def trainer_of(out: Path, **more: Any) -> OPSDTrainer:
+        settings = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "rollouts_recorded": 1}
+        return tiny_trainer(out, tiny_model(), **settings, **more)
+
+    def evaluations(out: Path) -> Any:
+        return json.loads((out / "evaluations.json").read_text())
+
+    console, about = Console(quiet=True), {"name": "n", "model": "m"}
+    run(trainer_of(tmp_path / "whole"), about, console)
+    trainer, out = trainer_of(tmp_path / "cut"), tmp_path / "cut"
+    strikes = "get_batch_samples" if spared else "evaluate"
+    method = getattr(trainer, strikes)
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        found = method(*args, **kwargs) if spared else None
+        if trainer.state.global_step == 2 - spared:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found if spared else method(*args, **kwargs)
+
+    setattr(trainer, strikes, struck)
+    with pytest.raises(stops.Stopped, match="after step 2"):
+        run(trainer, about, console)
+    assert [one["step"] for one in evaluations(out)] == [0]
+    resumed = trainer_of(out, resume_from_checkpoint="last")
+    run(resumed, about, console, existing="resume")
+    assert evaluations(out) == evaluations(tmp_path / "whole")
+    assert [one["step"] for one in evaluations(out)] == [0, 2, 4]
+    models = [(one / "model" / "model.safetensors").read_bytes() for one in (out, tmp_path / "whole")]
+    assert models[0] == models[1]
+    again = trainer_of(out, resume_from_checkpoint=str(out / "checkpoint-2"))
+    evaluated, evaluate = [], again.evaluate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        evaluated.append(again.state.global_step)
+        return evaluate(*args, **kwargs)
+
+    again.evaluate = counted  # type: ignore[method-assign]
+    run(again, about, console, existing="resume")
+    assert evaluated == [4]  # what is known of step 2 is not done again

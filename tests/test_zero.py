@@ -97,6 +97,7 @@ def test_a_run_goes_on_bit_for_bit(two: Any, out: Path, name: str) -> None:
     assert not {path.suffix for path in last.rglob("*")} & {".pt", ".bin", ".pth", ".pkl"}
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_the_state_is_the_same_in_three_processes(two: Any, out: Path) -> None:
     """Shares of a third of a weight are filled up with zeros, which is no part of what they hold."""

@@ -104,7 +104,14 @@ class MethodRun:
         return self.roles.on_policy or any(name in ("reward", "correct", "advantage") for name in self.needs)
 
     def check(self, rows: Sequence[Row]) -> None:
-        """ValueError if a context that is made of columns tells nothing in any row, or breaks its budget."""
+        """ValueError for rows that the method cannot use.
+
+        A context that is made of columns tells nothing in any of them or breaks its budget, or the verifier
+        does not judge one.
+        """
+        if self.rewarded:
+            for row in rows:
+                self.verifier.check_row(row)
         contexts = {role: context for role, context in self.roles.contexts.items() if not context.on_policy}
         for role, reading in Roles(contexts).read(rows, self.encoder).items():
             if not any(reading.privileged):

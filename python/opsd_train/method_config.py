@@ -182,6 +182,11 @@ class MethodConfig:
         for name in ("method_options", "method_schedule", "contexts", "pool", "annotator"):
             if getattr(self, name):
                 raise ValueError(f"{name}: expected nothing without a method; got {getattr(self, name)!r}")
+        if self.context_templates:
+            raise ValueError(
+                "context_templates: without --method, the teacher's text is set by --teacher-template "
+                "(problem and solution) or --context-template (prompt and privileged_context)"
+            )
 
 
 def json_object(name: str, value: Any) -> dict[str, Any]:

@@ -133,6 +133,25 @@ class Ranks:
             pairs.insert(0, (wrapper, self.student))
         return through(pairs, run)
 
+    def hold_head(self, held: bool) -> None:
+        """Keep the student's head whole between the micro-batches of an optimizer step, or no longer.
+
+        Its weights change in the optimizer step alone, so what was gathered once does for every pass until
+        then, rollouts and a teacher of the same weights among them. FSDP2 lets go of the head after the
+        backward pass that follows `held=False`, which reduces its gradient too; ZeRO-3, which reduces after
+        every backward pass, in the optimizer step itself.
+        """
+        if not self.sharded:
+            return
+        head = causal_lm(self.student).get_output_embeddings()
+        unit = head if isinstance(head, FSDPModule) else self.student  # which has what is in no unit below
+        if isinstance(unit, FSDPModule):
+            unit.set_reshard_after_backward(not held, recurse=False)
+        else:
+            for weight in head.parameters():
+                # No public option does: persistence goes by size, and the order of modules has to repeat.
+                weight.is_external_param = True  # the optimizer step alone releases it
+
     def adopt(self, model: Module) -> Module:
         """A frozen copy where the student is: sharded like it under FSDP2, else whole on the device."""
         if model is self.student or not self.wrapped:

@@ -21,6 +21,9 @@ from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
 from opsd_train.data.sampler import short_steps
+from opsd_train.engines.launch import LOG
+from opsd_train.engines.place import FOLDER
+from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
@@ -36,6 +39,7 @@ from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, mak
 from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
+LEFT = (BAD_ROWS, LOG, FOLDER)  # what a run may leave that ended before it began
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
 
 
@@ -114,6 +118,9 @@ def run(
             highlight=False,
             markup=False,
         )
+    if trainer.held_out:
+        sentence = how_judged(config.eval_match, len(trainer.held_out))
+        console.print(sentence, highlight=False, markup=False)
     started = time.perf_counter()
     info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
     trackers.aim(trainer)
@@ -181,7 +188,7 @@ def check_output(folder: str | Path | None, existing: Existing) -> None:
     path = Path(folder or ".")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path}")
-    held = sorted(entry.name for entry in path.iterdir() if entry.name != BAD_ROWS) if path.is_dir() else []
+    held = sorted(entry.name for entry in path.iterdir() if entry.name not in LEFT) if path.is_dir() else []
     is_run = any(name in held for name in record.FILES)
     if held and not is_run:
         raise ValueError(f"out: expected an empty folder or a run, but {path} holds {', '.join(held[:3])}")

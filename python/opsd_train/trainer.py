@@ -13,7 +13,7 @@ from opsd_kernels import Hidden, LogLinear, Objective, TopK
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.config import OPSDConfig
 from opsd_train.data.sampler import parts_of
-from opsd_train.engines.agreement import Agreement, check_engine_columns
+from opsd_train.engines.agreement import Agreement, as_engines_read, check_engine_columns
 from opsd_train.engines.make import make_engine
 from opsd_train.evaluation.examined import EVALUATION, TRAINING, Examined
 from opsd_train.method import MethodRun
@@ -138,6 +138,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         """Draw the rollouts of one optimizer step; returns its micro-batches and its number of tokens."""
         self.meter.begin_step()
         self.agreement.begin_step()
+        self.ranks.hold_head(True)
         written = self._write(list(itertools.islice(epoch_iterator, num_batches)))
         self.engine.rest()
         self.expect(written)
@@ -181,6 +182,8 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
     ) -> torch.Tensor:
         """The gradient of a micro-batch, or of a whole private step; returns the part's loss."""
         private, exposure = self.pieces.private, self.pieces.exposure
+        if self.accelerator.sync_gradients:  # the last of the step
+            self.ranks.hold_head(False)
         if private is None:
             with self.meter.phase("backward"):  # less the phases inside
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -218,7 +221,9 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
         student, teacher, what = self._minimised(model, inputs, tokens)
-        self.agreement.hear(student, inputs)
+        self.agreement.hear(
+            lambda: as_engines_read(model, student, inputs, self.accelerator.autocast), inputs
+        )
         # What a cache holds of a teacher, or a server says, is no distribution that could be measured.
         partial = self.stored is not None or not self.teacher.is_whole
         with self.meter.phase("loss"):

@@ -17,11 +17,11 @@ def check(
     context: typer.Context,
     data: Annotated[str, typer.Argument(help="Rows: a file, folder, glob, hub id or reasoning_gym:TASK.")],
     model: Annotated[
-        str | None, typer.Option(help="Whose tokenizer counts and shows tokens; without it, texts alone.")
+        str | None, typer.Option(help="Whose tokenizer counts and shows tokens; without it, texts are shown.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Options of a published run.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the run's options.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to show token by token.")] = 1,
+    rows: Annotated[int, typer.Option(help="Rows to show, token by token with a model.")] = 1,
     refused: Annotated[int, typer.Option(help="Refused rows to show.")] = 5,
 ) -> None:
     """Show what a run would make of its data: columns, lengths against budgets, tokens, refused rows.

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+logger = logging.getLogger(__name__)
 console = Console()
 OWN = {"opsd_train", "opsd_kernels"}
 FOUND_NO_GPU = "Setting accelerator to"
@@ -65,7 +66,8 @@ def early_ends() -> Iterator[None]:
     """Print why a run ended early as one message, and leave with its exit code.
 
     128 plus its number for a signal that stopped the run (143 for SIGTERM, 130 for SIGINT), 1 for steps that
-    were not finite, an engine that failed and a checkpoint that could not be written.
+    were not finite, an engine that failed, a checkpoint that could not be written, and what was found
+    to be wrong too late for `user_errors`.
     """
     from opsd_train.engines.base import EngineError
     from opsd_train.safety.atomic import CheckpointError
@@ -74,6 +76,7 @@ def early_ends() -> Iterator[None]:
 
     try:
         yield
-    except (Stopped, BadSteps, EngineError, CheckpointError) as error:
+    except (Stopped, BadSteps, EngineError, CheckpointError, ValueError, OSError) as error:
+        logger.debug("ended", exc_info=True)
         Console(stderr=True).print(f"[red]ended:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(code=error.code if isinstance(error, Stopped) else 1) from None

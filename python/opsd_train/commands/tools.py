@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsd_train.commands.terminal import ANY_OPTION, console, quiet, show, user_errors
+from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, show, user_errors
 
 tools = typer.Typer()
 
@@ -37,7 +37,7 @@ def compare(
     quiet()
     words = ["opsd", "compare", "--methods", methods, "--steps", steps, "--seeds", seeds]
     words += ["--samples", samples, "--k", k, "--out", out, *context.args]
-    with user_errors():
+    with early_ends(), user_errors():
         plan = Plan(
             methods=parse_methods(methods),
             seeds=_integers("seeds", seeds),
@@ -81,7 +81,7 @@ def diagnose(
 
     quiet()
     words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
-    with user_errors():
+    with early_ends(), user_errors():
         request = diagnose_run.Request(
             demo=demo,
             methods=methods,
@@ -119,7 +119,7 @@ def cache(
 
     quiet()
     words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
-    with user_errors():
+    with early_ends(), user_errors():
         request = offline_run.Request(
             demo=demo,
             teacher_model=teacher_model,
@@ -153,23 +153,18 @@ def evaluate(
     A run folder's model is asked as its run asked it. Any option that `opsd options` lists can be
     given: --eval-match, --rollouts, --temperature, --max-completion-length and so on.
     """
-    from opsd_train.engines.base import EngineError
     from opsd_train.evaluation import run as eval_run
 
     quiet()
     named = {"data": data, "eval_samples": samples, "eval_k": k}
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    try:
-        with user_errors():
-            if demo is (data is not None):
-                raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
-            if model is None and not demo:
-                raise ValueError("model: expected a model to evaluate; got none")
-            request = eval_run.Request(demo, model, (*words, *context.args))
-            found = eval_run.evaluate(request, out, console)
-    except EngineError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(code=1) from None
+    with early_ends(), user_errors():
+        if demo is (data is not None):
+            raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
+        if model is None and not demo:
+            raise ValueError("model: expected a model to evaluate; got none")
+        request = eval_run.Request(demo, model, (*words, *context.args))
+        found = eval_run.evaluate(request, out, console)
     show(eval_run.table(found))
     written = ", ".join(map(str, (out / eval_run.EVALUATION, out / "completions" / "eval.parquet")))
     console.print(f"written: {written}", highlight=False, soft_wrap=True)

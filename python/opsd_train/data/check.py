@@ -17,6 +17,7 @@ from opsd_train.reading import thinking
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.run_options import RunOptions
 
+SINGULAR = {"have": "has", "come": "comes"}
 QUANTILES = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
 
@@ -30,6 +31,7 @@ class Findings:
         conventions: how many of them follow each convention.
         refused: what would stop a run, by place and row.
         warnings: what would not, but is seldom meant.
+        total: rows that there are, refused ones too.
         lengths: tokens of each row by `student`, `teacher` and `solution`; without a model there are none.
         prompts: the rows as a model reads them.
     """
@@ -39,12 +41,13 @@ class Findings:
     conventions: Counter[str]
     refused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    total: int = 0
     lengths: dict[str, list[int]] = field(default_factory=dict)
     prompts: list[Prompt] = field(default_factory=list)
 
 
 def check(options: RunOptions, config: OPSDConfig, reader: Reader | None) -> Findings:
-    """Read all rows of `data` and encode them; nothing is trained. ValueError if none can be read."""
+    """Read all rows of `data` and encode them; nothing is trained. ValueError if there are none."""
     refused: list[str] = []
 
     def note(reason: str, where: str, raw: Any) -> None:
@@ -53,16 +56,17 @@ def check(options: RunOptions, config: OPSDConfig, reader: Reader | None) -> Fin
     templates, reading = config.to_templates(), options.reading(note)
     try:
         rows = load_rows(options.data, templates, config.method is None, reading)
-    except ValueError as error:
+    except ValueError:
         if not refused:
             raise
-        return Findings([], Counter(), Counter(), [*refused, str(error)])
+        return Findings([], Counter(), Counter(), refused, total=len(refused))
     found = Findings(
         rows,
         Counter(name for row in rows for name in row.columns),
         Counter(_convention(row.columns) for row in rows),
         refused,
         _of_texts(rows, privileged=config.method is None),
+        len(rows) + len(refused),
     )
     if reader is not None:
         _encode(found, Encoder.of(reader.tokenizer, config, reader.positions), note)
@@ -165,7 +169,7 @@ def _of_tokens(prompts: Sequence[Prompt], encoder: Encoder) -> list[str]:
     ]
     return [
         *_sentence(apart, f"have prompts whose last {length} tokens differ between student and teacher"),
-        *_sentence(marked, "have a special token of the tokenizer in their text"),
+        *_sentence(marked, "have a special token of the tokenizer in the text"),
     ]
 
 
@@ -183,5 +187,15 @@ def _text(messages: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
+def count_of(rows: int) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{rows:,} row" + ("" if rows == 1 else "s")
+
+
 def _sentence(rows: Sequence[Any], what: str) -> list[str]:
-    return [f"{len(rows)} rows {what}; the first is {rows[0].where}"] if rows else []
+    """What is to be said of rows, beginning with a verb in the plural; nothing of none."""
+    if not rows:
+        return []
+    verb, _, rest = what.partition(" ")
+    verb = SINGULAR[verb] if len(rows) == 1 else verb
+    return [f"{count_of(len(rows))} {verb} {rest}; the first is {rows[0].where}"]

@@ -9,7 +9,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.config import OPSDConfig
-from opsd_train.data.check import QUANTILES, Findings, quantile
+from opsd_train.data.check import QUANTILES, Findings, count_of, quantile
+from opsd_train.data.rows import Row
 from opsd_train.loading import Reader
 from opsd_train.reading.prompts import Prompt, decode
 
@@ -19,11 +20,18 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 10, 6
 def tables(
     found: Findings, config: OPSDConfig, reader: Reader | None, rows: int, refused: int
 ) -> Iterator[RenderableType]:
-    """Everything found, `rows` rows token by token, and the first of what would be refused."""
-    yield _overview(found)
-    if found.lengths:
+    """Everything found, `rows` rows token by token, and the first of what would be refused.
+
+    Without a reader, the rows are shown as texts.
+    """
+    if found.rows:
+        yield _overview(found)
+    if any(found.lengths.values()):
         yield _lengths(found, config, reader)
-    if reader is not None:
+    if reader is None:
+        for row in found.rows[:rows]:
+            yield _texts(row)
+    else:
         for prompt in found.prompts[:rows]:
             yield _tokens(prompt, reader.tokenizer)
     for warning in found.warnings:
@@ -31,13 +39,14 @@ def tables(
     for reason in found.refused[:refused]:
         yield f"[red]refused:[/red] {escape(reason)}"
     if found.refused:
-        yield f"[red]{len(found.refused):,} rows would be refused[/red]"
+        yield f"[red]{len(found.refused):,} of {count_of(found.total)} would be refused[/red]"
     else:
-        yield f"[green]all {len(found.rows):,} rows would be trained on[/green]"
+        every = "" if found.total == 1 else "all "
+        yield f"[green]{every}{count_of(found.total)} would be trained on[/green]"
 
 
 def _overview(found: Findings) -> Table:
-    table = Table(title=f"{len(found.rows):,} rows", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=count_of(len(found.rows)), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("columns", overflow="fold")
     table.add_column("rows", justify="right", no_wrap=True)
     for name, count in found.conventions.most_common():
@@ -59,7 +68,7 @@ def _lengths(found: Findings, config: OPSDConfig, reader: Reader | None) -> Tabl
     for name in (*QUANTILES, "budget", "over it"):
         table.add_column(name, justify="right", no_wrap=True)
     shown = [(*budgets[name], lengths) for name, lengths in found.lengths.items() if lengths]
-    if reader is not None and reader.positions is not None:
+    if reader is not None and reader.positions is not None and found.lengths["student"]:
         prompts = zip(found.lengths["student"], found.lengths["teacher"], strict=True)
         whole = [max(pair) + config.max_completion_length for pair in prompts]
         shown.append(("prompt and completion", "the model's positions", reader.positions, whole))
@@ -67,6 +76,19 @@ def _lengths(found: Findings, config: OPSDConfig, reader: Reader | None) -> Tabl
         numbers = [f"{quantile(lengths, share):,}" for share in QUANTILES.values()]
         over = sum(length > budget for length in lengths)
         table.add_row(f"{label}\n[dim]{option}[/dim]", *numbers, f"{budget:,}", f"{over:,}")
+    return table
+
+
+def _texts(row: Row) -> Table:
+    """The messages of student and teacher, before a chat template."""
+    table = Table(title=f"{escape(row.where)}, texts", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("reader")
+    table.add_column("role")
+    table.add_column("message", overflow="fold")
+    for reader, messages in (("student", row.student), ("teacher", row.teacher)):
+        for number, message in enumerate(messages, start=1):
+            cells = (escape(message["role"]), escape(message["content"]))
+            table.add_row(reader, *cells, end_section=number == len(messages))
     return table
 
 

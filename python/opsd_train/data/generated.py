@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsd_train.evaluation.judge import FIGURES
+from opsd_train.evaluation.judge import FIGURES, last_figures
 from opsd_train.reading.texts import final_answer, without_thoughts
 
 PREFIX = "reasoning_gym:"
@@ -21,6 +21,17 @@ HELD_OUT_SEED = 1_000_000_000  # of problems to evaluate on, unless one is given
 WORKED = "answer_cot"
 # Where a task leaves its answer open, since there are several, it gives one as an example.
 EXAMPLES = ("example_answer", "example_correct_answer")
+# Tasks whose scorers run a completion, or a text of the row, as code: by `eval`, or by sympy's `parse_expr`,
+# which ends in it. The last one hands completions to the scorers of other tasks.
+EVALUATED = frozenset({
+    "binary_matrix", "bitwise_arithmetic", "countdown", "intermediate_integration", "n_queens",
+    "number_sorting", "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix",
+    "string_insertion", "composite",
+})  # fmt: skip
+STUMBLES = (
+    ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError, AssertionError,
+    RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,17 +96,29 @@ def score(completion: str, answer: str | None, columns: Mapping[str, Any]) -> fl
     The package expects an answer alone, so what is scored is what the completion states as its answer: inside
     the last `<answer>` tag, else boxed or stated (see `texts.final_answer`), else its last line, or as many
     lines as the answer has; of that, where the answer is a number, the last number. Raises ValueError for a
-    row that is not the package's.
+    row that is not the package's, and for one of a task whose scorer runs what it is given as code.
     """
-    held = columns.get("reasoning_gym")
-    if held is None:
-        raise ValueError("expected a row of reasoning_gym:TASK, got one without the column reasoning_gym")
+    check_scored(columns)
+    held = columns["reasoning_gym"]
     scorer = _dataset(held["task"], 1, 0, held["settings"])
     try:
         found = float(scorer.score_answer(stated(completion, answer), held["entry"]))
-    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, SyntaxError):
+    except STUMBLES:
         return 0.0  # a completion that the task's parser stumbles over is not an answer
     return min(max(found, 0.0), 1.0)
+
+
+def check_scored(columns: Mapping[str, Any]) -> None:
+    """ValueError for a row that `score` does not judge."""
+    held = columns.get("reasoning_gym")
+    if held is None:
+        raise ValueError("expected a row of reasoning_gym:TASK, got one without the column reasoning_gym")
+    if held["task"] in EVALUATED:
+        raise ValueError(
+            f"expected a task whose scorer only reads completions, got {held['task']!r}, whose scorer in "
+            "reasoning-gym runs text as Python code, so that a completion could do anything here; take "
+            "another judge: --eval-match (--verifier) number, math or exact"
+        )
 
 
 def stated(completion: str, answer: str | None) -> str:
@@ -105,9 +128,9 @@ def stated(completion: str, answer: str | None) -> str:
     text = without_thoughts(completion)
     lines = len(answer.splitlines()) if answer else 1
     found = extract_answer(text) or final_answer(text) or "\n".join(text.splitlines()[-lines:])
-    figures = FIGURES.findall(found)
-    if figures and answer is not None and FIGURES.fullmatch(answer):
-        return str(figures[-1]).replace(",", "")
+    figures = last_figures(found)
+    if figures is not None and answer is not None and FIGURES.fullmatch(answer):
+        return figures
     return found
 
 

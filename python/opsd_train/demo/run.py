@@ -15,13 +15,19 @@ from opsd_train.train import check_output, make_trainer
 from opsd_train.trainer import OPSDTrainer
 
 HERE = Path(__file__).parent
-PRESET, MODEL = HERE / "preset.yaml", HERE / "model"
+PRESET, OF_METHODS, MODEL = HERE / "preset.yaml", HERE / "preset_of_methods.yaml", HERE / "model"
 THREADS = 1  # at this size more gain little, wait for each other on a busy machine, and sum in another order
+
+
+def presets(arguments: Sequence[str]) -> list[Path]:
+    """The files with the demo's options, by whether the arguments (`--name value`) name a method."""
+    names = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
+    return [PRESET, OF_METHODS] if "method" in names else [PRESET]
 
 
 def demo(arguments: Sequence[str], console: Console) -> OPSDTrainer:
     """The demo's trainer, with `arguments` (`--name value`) in place of what the preset says."""
-    (config,) = parse([OPSDConfig], [PRESET], arguments)
+    (config,) = parse([OPSDConfig], presets(arguments), arguments)
     check_output(config.output_dir, "replace")
     torch.set_num_threads(THREADS)
     with console.status("preparing"):

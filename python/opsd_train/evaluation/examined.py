@@ -2,12 +2,14 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from opsd_train.config import OPSDConfig
 from opsd_train.evaluation.examine import Exam, Findings, to_metrics
+from opsd_train.evaluation.matched import missed
 from opsd_train.evaluation.verify import Verifier
 from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import Rollout, Sampling
@@ -25,6 +27,7 @@ class Examined(Trainer):
     held_out: Sequence[Prompt]
     validation: Sequence[Prompt]
     engine_behind: bool
+    was_evaluated = False
 
     def roll_out(
         self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
@@ -41,6 +44,7 @@ class Examined(Trainer):
         """Greedy and sampled accuracy of the student and pass@k, with their 95 % intervals."""
         start = time.perf_counter()
         found = self.examine(self.held_out if eval_dataset is None else eval_dataset)
+        self._warn_of_match(found)
         metrics = to_metrics(found.evaluation(self.state.global_step), metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
@@ -53,6 +57,14 @@ class Examined(Trainer):
         exam = Exam(self.judge, self.tokenizer, sampling, self.config.eval_samples, self.config.to_ks())
         stream = (EVALUATION, self.state.global_step)
         return exam.hold(lambda asked, drawn: self.roll_out(asked, drawn, stream), prompts)
+
+    def _warn_of_match(self, found: Findings) -> None:
+        """Warn, at the first evaluation, of completions that are right but for how they are compared."""
+        first, self.was_evaluated = not self.was_evaluated, True
+        if first and self.judge.name == "exact" and self.is_world_process_zero():
+            sentence = missed(found.greedy, self.tokenizer)
+            if sentence is not None:
+                warnings.warn(sentence, stacklevel=3)
 
     def validate(self) -> float:
         """Greedy accuracy on the rows held back."""

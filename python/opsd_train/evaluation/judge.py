@@ -4,7 +4,7 @@ import math
 import re
 import threading
 from collections.abc import Callable
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from opsd_train.reading.texts import final_answer
@@ -12,8 +12,10 @@ from opsd_train.watch.record import Accuracy
 
 Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 # What looks like a number (a date and a list do too), with its sign unless it is a minus between two numbers.
-FIGURES = re.compile(r"(?:(?<!\d)-)?\d+(?:[.,]\d+)*")
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+EXPONENT = r"(?:[eE][+-]?\d+(?!\w))?"
+FIGURES = re.compile(r"(?:(?<!\d)-)?\d+(?:[.,]\d+)*" + EXPONENT)
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?" + EXPONENT)
+MINUS = str.maketrans(dict.fromkeys("\u2212\ufe63\uff0d", "-"))  # what typesetting has in its place
 
 
 def wilson(correct: int, total: int) -> Accuracy:
@@ -40,7 +42,8 @@ def same_text(completion: str, answer: str) -> bool:
 def same_number(completion: str, answer: str) -> bool:
     """The last numbers in both are equal; thousands separators and trailing zeros do not matter.
 
-    Figures that are not one number, like `12.11.2024` or `1,2`, equal nothing.
+    A number may have an exponent (`1.5e3`) and any character for its minus. Figures that are not one number,
+    like `12.11.2024` or `1,2`, equal nothing.
     """
     found, expected = _last_number(completion), _last_number(answer)
     return found is not None and found == expected
@@ -69,8 +72,22 @@ MATCHES: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-def _last_number(text: str) -> Decimal | None:
-    figures = FIGURES.findall(text)
-    if not figures or not NUMBER.fullmatch(figures[-1]):
+def last_figures(text: str) -> str | None:
+    """The last thing in a text that looks like a number, without the commas between its thousands.
+
+    What is not one number, like `1,2`, is given as it stands; None of a text without figures.
+    """
+    found = FIGURES.findall(text.translate(MINUS))
+    if not found:
         return None
-    return Decimal(figures[-1].replace(",", ""))
+    return str(found[-1]).replace(",", "") if NUMBER.fullmatch(found[-1]) else str(found[-1])
+
+
+def _last_number(text: str) -> Decimal | None:
+    figures = last_figures(text)
+    if figures is None or not NUMBER.fullmatch(figures):
+        return None
+    try:
+        return Decimal(figures)
+    except InvalidOperation:  # an exponent beyond what there is room for
+        return None

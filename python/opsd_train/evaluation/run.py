@@ -21,7 +21,7 @@ from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import Row, is_generated, load_rows
 from opsd_train.demo import task
-from opsd_train.demo.run import MODEL, PRESET
+from opsd_train.demo.run import MODEL, presets
 from opsd_train.engines.make import make_engine
 from opsd_train.evaluation.examine import Exam, Findings
 from opsd_train.json_files import dumps, write_atomically
@@ -33,7 +33,6 @@ from opsd_train.watch.completions import FOLDER, to_rows, write_parquet
 from opsd_train.watch.progress import doing, interval, intervals
 from opsd_train.watch.record import INFO, Evaluation
 
-DEFAULTS = ("--output_dir=opsd-unused", "--data=")
 EVALUATION = "eval.json"
 PACKAGES = ("torch", "transformers", "peft", "opsd-kernels")  # beside what the engine names
 # How a model of a run was made to write; `opsd eval` of it asks in the same way unless it is told otherwise.
@@ -69,7 +68,12 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         raise ValueError(f"out: expected a folder without an evaluation, but {out} holds one")
     model, recorded = resolve(str(MODEL) if request.model is None else request.model)
     given = [f"--model={model}", *recorded, *request.arguments]
-    options, config = parse([RunOptions, OPSDConfig], [PRESET] if request.demo else [], given, DEFAULTS)
+    options, config = parse(
+        [RunOptions, OPSDConfig],
+        presets(given) if request.demo else [],
+        given,
+        [f"--output_dir={out}", "--data="],
+    )
     if request.demo:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)

@@ -3,16 +3,18 @@
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.data import generated
+from opsd_train.data.rows import Row
 from opsd_train.evaluation.judge import MATCHES
 from opsd_train.reading.prompts import Prompt, decode
 from opsd_train.rollouts import Rollout
+from opsd_train.safety import stops
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Verifier:
         function: `function(completion, answer)`; one with a parameter `columns` is given the row's columns by
             that name too.
         needs_answer: whether a prompt without an answer is an error; if not, its answer is None.
+        check: raises ValueError for the columns of a row that it does not judge.
     """
 
     name: str
     function: Callable[..., Any]
     needs_answer: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
     @classmethod
     def named(cls, name: str, option: str = "verifier") -> "Verifier":
@@ -41,7 +45,7 @@ class Verifier:
         if name in MATCHES:
             return cls(name, MATCHES[name], needs_answer=True)
         if name == "reasoning_gym":
-            return cls(name, generated.score)
+            return cls(name, generated.score, check=generated.check_scored)
         if ":" not in name:
             raise ValueError(
                 f"{option}: expected one of {', '.join(MATCHES)}, reasoning_gym, or package.module:function; "
@@ -53,9 +57,14 @@ class Verifier:
         """The reward of each completion of its prompt.
 
         Raises ValueError naming the row whose answer is missing, or for whose completion the function raises
-        or returns anything but a number in [0, 1].
+        or returns anything but a number in [0, 1]; and Stopped if a signal asked for it, see `stops`.
         """
-        return [self._reward(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+        found = []
+        with stops.agreed():
+            for text, prompt in zip(completions, prompts, strict=True):
+                stops.check()
+                found.append(self._reward(text, prompt))
+        return found
 
     def judge(self, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
         """Whether each completion's text is right: its reward is at least 1/2."""
@@ -73,6 +82,17 @@ class Verifier:
                 raise ValueError(
                     f"{prompt.where}: expected an `answer` (or a `solution`) to evaluate against, got none"
                 )
+            if prompt.row is not None:
+                self.check_row(prompt.row)
+
+    def check_row(self, row: Row) -> None:
+        """ValueError for a row that is not the verifier's to judge, by its place."""
+        if self.check is None:
+            return
+        try:
+            self.check(row.columns)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
 
     def _reward(self, completion: str, prompt: Prompt) -> float:
         if self.needs_answer and prompt.answer is None:

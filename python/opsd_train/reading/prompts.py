@@ -128,18 +128,27 @@ class Encoder:
         return list(zip(student, teacher, strict=True))
 
     def _encoded_row(self, row: "Row") -> tuple[list[int], list[int]]:
+        ours, theirs = _origins(row)
         try:
-            (student,) = self._ids([row.student], self.student_chat_kwargs)
-            (teacher,) = self._ids([row.teacher], self.teacher_chat_kwargs)
+            (student,) = self._ids([row.student], self.student_chat_kwargs, ours)
+            (teacher,) = self._ids([row.teacher], self.teacher_chat_kwargs, theirs)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
         return student, teacher
 
-    def teacher_ids(self, chats: "Sequence[Sequence[Message]]") -> list[tuple[int, ...]]:
-        """What a teacher reads, as ids; they are not held to a budget here."""
-        return [tuple(ids) for ids in self._ids(chats, self.teacher_chat_kwargs)] if chats else []
+    def student_ids(self, chats: "Sequence[Sequence[Message]]") -> list[tuple[int, ...]]:
+        """What the student reads, as ids; they are not held to a budget here."""
+        return [tuple(ids) for ids in self._ids(chats, self.student_chat_kwargs)]
 
-    def _ids(self, chats: "Sequence[Sequence[Message]]", chat_kwargs: Mapping[str, Any]) -> list[list[int]]:
+    def teacher_ids(
+        self, chats: "Sequence[Sequence[Message]]", origin: str = "prompt"
+    ) -> list[tuple[int, ...]]:
+        """What a teacher reads, as ids, without a budget; errors name the option the texts came from."""
+        return [tuple(ids) for ids in self._ids(chats, self.teacher_chat_kwargs, origin)]
+
+    def _ids(
+        self, chats: "Sequence[Sequence[Message]]", chat_kwargs: Mapping[str, Any], origin: str = "prompt"
+    ) -> list[list[int]]:
         if not chats:
             return []
         if self.tokenizer.chat_template is not None:
@@ -152,18 +161,18 @@ class Encoder:
                     f"prompt: expected messages that the chat template takes; {error}"
                 ) from error
             # The chat template has already written the special tokens.
-            return self._encoded(list(texts), add_special_tokens=False)  # type: ignore[arg-type]
+            return self._encoded(list(texts), origin, add_special_tokens=False)  # type: ignore[arg-type]
         if any(len(chat) != 1 for chat in chats):
             raise ValueError("prompt: expected a single message, since the tokenizer has no chat template")
-        return self._encoded([chat[0]["content"] for chat in chats])
+        return self._encoded([chat[0]["content"] for chat in chats], origin)
 
-    def _encoded(self, texts: list[str], **how: bool) -> list[list[int]]:
+    def _encoded(self, texts: list[str], origin: str, **how: bool) -> list[list[int]]:
         try:
             return self.tokenizer(texts, **how)["input_ids"]
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(
-                f"prompt: expected text that the tokenizer can encode, such as {texts[0][:60]!r}; {error} (a "
-                "template with words that a small vocabulary lacks? see student_template, context_templates)"
+                f"{origin}: expected text that the tokenizer can encode, got {texts[0][:60]!r}; {error} "
+                "(does a small vocabulary lack words of the template, or of the row?)"
             ) from error
 
     def check_budget(self, row: "Row", student: int, teacher: int) -> None:
@@ -183,6 +192,17 @@ class Encoder:
                 f"{self.max_completion_length} (max_completion_length) is more than the model's "
                 f"{self.positions} positions (max_position_embeddings)"
             )
+
+
+def _origins(row: "Row") -> tuple[str, str]:
+    """The options or columns that the texts of a row come from: the student's, the teacher's."""
+    columns = row.columns
+    if "teacher_prompt" in columns:
+        return "prompt", "teacher_prompt"
+    if "privileged_context" in columns:
+        return "prompt", "context_template"
+    ours = "student_template" if "problem" in columns else "prompt"
+    return ours, ours if row.student == row.teacher else "teacher_template"
 
 
 def fill(template: str, **values: str) -> str:

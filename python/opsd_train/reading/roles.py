@@ -7,7 +7,10 @@ import torch
 
 from opsd_train.data.rows import Row
 from opsd_train.reading.contexts import Attempt, Context, Known, teacher_messages
-from opsd_train.reading.prompts import Encoder, pad_left, pad_right
+from opsd_train.reading.prompts import Encoder, Message, pad_left, pad_right
+
+# Contexts whose template is an option of its own, unless `context_templates` has another.
+OWN_TEMPLATES = {"full_solution": "teacher_template or ", "privileged_context": "context_template or "}
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Reading:
     """What one role reads in each row.
 
     Args:
-        ids: the prompt of each row; the student's message in a row that is not privileged.
+        ids: the prompt of each row; the student's own in a row that is not privileged.
         privileged: whether the context of that row told anything.
         too_long: rows whose context may depend on rollouts and broke its budget: not privileged either.
     """
@@ -104,11 +107,15 @@ def collate_role(
 
 def _read(context: Context, rows: Sequence[Row], known: Sequence[Known], encoder: Encoder) -> Reading:
     texts = [_told(context, row, one) for row, one in zip(rows, known, strict=True)]
-    chats = [
-        row.student if text is None else teacher_messages(row.student, text)
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    plain, ids = encoder.teacher_ids([row.student for row in rows]), encoder.teacher_ids(chats)
+    # Who is told nothing more reads what the student reads, with the student's switches of the chat template.
+    plain = encoder.student_ids([row.student for row in rows])
+    chats = {
+        index: teacher_messages(rows[index].student, text)
+        for index, text in enumerate(texts)
+        if text is not None and context.name != "plain"
+    }
+    encoded = dict(zip(chats, _encoded(context, chats, rows, encoder), strict=True))
+    ids = [encoded.get(index, one) for index, one in enumerate(plain)]
     budget = encoder.max_teacher_prompt_length
     long = [text is not None and len(found) > budget for text, found in zip(texts, ids, strict=True)]
     if any(long) and not context.on_policy:
@@ -122,6 +129,22 @@ def _read(context: Context, rows: Sequence[Row], known: Sequence[Known], encoder
         tuple(text is not None and not long[i] for i, text in enumerate(texts)),
         sum(long),
     )
+
+
+def _encoded(
+    context: Context, chats: Mapping[int, Sequence[Message]], rows: Sequence[Row], encoder: Encoder
+) -> list[tuple[int, ...]]:
+    """The ids of the rows that are told something; ValueError naming the first that cannot be encoded."""
+    origin = OWN_TEMPLATES.get(context.name, "") + f"context_templates ({context.name!r})"
+    try:
+        return encoder.teacher_ids(list(chats.values()), origin)
+    except ValueError:
+        for index, chat in chats.items():
+            try:
+                encoder.teacher_ids([chat], origin)
+            except ValueError as error:
+                raise ValueError(f"{rows[index].where}: {error}") from error
+        raise
 
 
 def _told(context: Context, row: Row, known: Known) -> str | None:

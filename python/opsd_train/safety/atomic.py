@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from opsd_train.config import OPSDConfig
-from opsd_train.data.sampler import Repeated
+from opsd_train.data.sampler import Ordered
 from opsd_train.json_files import dumps
 from opsd_train.pieces.parts import Pieces
 from opsd_train.safety import checkpoints, folders, optimizer_state, zero
@@ -33,7 +33,7 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
-class AtomicCheckpoints(Trainer):
+class AtomicCheckpoints(Ordered):
     """A `Trainer` whose checkpoints appear by a rename, when all of them is on the disk.
 
         checkpoint-20/
@@ -230,28 +230,6 @@ class AtomicCheckpoints(Trainer):
             self.teacher.load(checkpoint)
             self.pieces.load(checkpoint)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
-        """Every prompt `num_generations` times in a row, so that its rollouts are in one step.
-
-        Shuffled by a generator of its own: the global seed may be another one in a run that goes on.
-        """
-        found, count = super()._get_train_sampler(train_dataset), self.config.num_generations
-        if count == 1 and type(found) is not torch.utils.data.RandomSampler:
-            return found
-        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
-        return Repeated(len(self.train_dataset), count, seed)  # type: ignore[arg-type]
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[torch.nn.Module, Any]:
-        """Wrap the model; one in DeepSpeed's engine goes on from a checkpoint here."""
-        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        found = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._load_from_checkpoint(resume_from_checkpoint)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return found
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -44,7 +44,9 @@ def table(comparison: Comparison) -> Table:
     labels = [method.replace(":", "\n:") for method, *_ in lines]
     widest = max((len(part) for label in labels for part in label.split("\n")), default=0)
     for at, heading in enumerate(headings):
-        shown.add_column(heading.replace(" ", "\n"), overflow="fold", min_width=min(widest, LABEL) if at == 0 else None)
+        shown.add_column(
+            heading.replace(" ", "\n"), overflow="fold", min_width=min(widest, LABEL) if at == 0 else None
+        )
     for label, (_, *cells) in zip(labels, lines, strict=True):
         cells = [cell.replace(" (", "\n(").replace(" to ", ",\n") for cell in cells]
         shown.add_row(*map(escape, [label, *cells]))

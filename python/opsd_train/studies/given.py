@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import Reading, load_rows
-from opsd_train.demo.run import MODEL, PRESET
+from opsd_train.demo.run import MODEL, presets
 from opsd_train.loading import load
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.run_options import RunOptions
@@ -36,7 +36,7 @@ class Given:
 def config_of(demo: bool, arguments: Sequence[str]) -> OPSDConfig:
     """The configuration of `--name value` arguments, which beat the demo's preset."""
     if demo:
-        (config,) = parse([OPSDConfig], [PRESET], arguments, DEFAULTS)
+        (config,) = parse([OPSDConfig], presets(arguments), arguments, DEFAULTS)
     else:
         _, config = parse([RunOptions, OPSDConfig], [], arguments, DEFAULTS)
     return config
