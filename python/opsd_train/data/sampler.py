@@ -36,6 +36,17 @@ class Repeated(torch.utils.data.Sampler[int]):
         return len(self.order) * self.count
 
 
+def short_steps(rows: int, wanted: int, processes: int) -> str | None:
+    """What happens if the rows are fewer than the prompts of a step; None if they are not.
+
+    A step ends with the epoch: it has the rows that there are. Several processes each get as much.
+    """
+    if rows >= wanted:
+        return None
+    then = f"a step has {rows}" if processes == 1 else "a step is smaller, or has rows more than once"
+    return f"data: {rows} rows are fewer than the {wanted} prompts of a step; {then}"
+
+
 class Ordered(Trainer):
     """A `Trainer` that reads its rows in the same order however often it is stopped and resumed."""
 
@@ -60,17 +71,6 @@ class Ordered(Trainer):
             # Behind accelerate's samplers of shares and of skipped batches nobody else reaches it.
             self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
-
-
-def short_steps(rows: int, wanted: int, processes: int) -> str | None:
-    """What happens if the rows are fewer than the prompts of a step; None if they are not.
-
-    A step ends with the epoch: it has the rows that there are. Several processes each get as much.
-    """
-    if rows >= wanted:
-        return None
-    then = f"a step has {rows}" if processes == 1 else "a step is smaller, or has rows more than once"
-    return f"data: {rows} rows are fewer than the {wanted} prompts of a step; {then}"
 
 
 def parts_of(sizes: Sequence[int]) -> list[slice]:
