@@ -17,7 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from opsd_train.safety import stops
-from opsd_train.safety.finite import BadSteps, FiniteSteps
+from opsd_train.safety.finite import FiniteSteps
+from opsd_train.safety.keep import BadSteps
 
 TIMEOUT = 240
 

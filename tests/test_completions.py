@@ -17,7 +17,7 @@ from test_driver_methods import method_trainer, replace_verifier
 
 
 def test_the_completions_of_every_second_step_are_kept(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, max_steps=5, save_completions_every=2, num_train_epochs=9)
+    trainer = tiny_trainer(tmp_path, max_steps=5, save_completions_every=2)
     written: dict[int, list[Rollout]] = {}
     roll_out = trainer.roll_out
 

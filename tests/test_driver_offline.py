@@ -132,7 +132,7 @@ def test_divergence_over_the_teachers_stored_entries(tmp_path: Path) -> None:
 
 
 def test_nothing_is_generated_and_no_teacher_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = offline_trainer(tmp_path, cached(tmp_path), max_steps=3, num_train_epochs=9, logging_steps=1)
+    trainer = offline_trainer(tmp_path, cached(tmp_path), max_steps=3, logging_steps=1)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("not in a run from a cache")

@@ -34,7 +34,7 @@ TEMPLATES = {"partial_solution": "{steps};{problem}", "full_solution": "{solutio
 def method_trainer(
     out: Path, rows: list[dict[str, str]] = STEPS, method: str = "atesd", **settings: Any
 ) -> OPSDTrainer:
-    given = {"per_device_train_batch_size": 4, "num_train_epochs": 99, "logging_steps": 1}
+    given = {"per_device_train_batch_size": 4, "logging_steps": 1}
     config = tiny_config(out, method=method, context_templates=TEMPLATES, **(given | settings))
     return make_trainer(tiny_model(), LINES, load_rows(rows, config.to_templates(), False), [], config)
 

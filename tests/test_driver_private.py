@@ -93,7 +93,7 @@ def test_rows_are_drawn_each_on_its_own(tmp_path: Path) -> None:
 
 def test_run_logs_epsilon_and_goes_on(tmp_path: Path) -> None:
     private = {"clip": 1.0, "noise": 2.0, "delta": 1e-3, "seed": 1}
-    settings = {"private": private, "per_device_train_batch_size": 1, "num_train_epochs": 9}
+    settings = {"private": private, "per_device_train_batch_size": 1}
     settings |= {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     whole = private_trainer(tmp_path, **settings)
     whole.train()

@@ -151,6 +151,25 @@ def test_ema_moves_where_bf16_alone_would_stand_still() -> None:
     assert moved.norm() / start.norm() == pytest.approx(0.1 * (1 - 0.999**100), rel=0.05)
 
 
+def test_ema_of_a_bf16_lora_student_hears_small_adapters() -> None:
+    """They add less to a weight than half a unit in its last place in bf16."""
+    student = with_lora(tiny_model().to(torch.bfloat16), rank=4, alpha=8, dropout=0.0)
+    teacher = EmaTeacher(student, decay=0.98)
+    before = {name: one.clone() for name, one in teacher.average.items()}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)
+    for _ in range(50):
+        teacher.after_optimizer_step()
+    for name, module in student.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            moved = teacher.average[f"{name}.weight"] - before[f"{name}.weight"]
+            expected = (1 - 0.98**50) * module.get_delta_weight("default").float()
+            assert (moved - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_ema_of_lora_is_that_of_the_effective_weights() -> None:
     student = lora_model()
     teacher = EmaTeacher(student, decay=0.7)

@@ -116,7 +116,7 @@ def test_wrong_settings(settings: dict, message: str) -> None:
 
 
 def test_in_training(tmp_path: Path) -> None:
-    settings = {"max_steps": 5, "num_train_epochs": 9, "save_strategy": "steps", "save_steps": 4}
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 4}
     trainer = tiny_trainer(tmp_path, extrapolate=2, logging_steps=1, **settings)
     search = trainer.pieces.extrapolation
     assert search is not None

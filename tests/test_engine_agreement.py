@@ -1,16 +1,21 @@
 """The engine's log-probs against the trainer's own."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
-from driver_tiny import tiny_config, tiny_prompts
+from driver_tiny import tiny_config, tiny_model, tiny_prompts, tiny_trainer
 from opsd_kernels import Hidden
-from opsd_train.engines.agreement import Agreement, check_engine_columns
-from opsd_train.engines.base import EngineError
-from opsd_train.rollouts import Rollout, collate
+from opsd_train.engines import agreement as module
+from opsd_train.engines.agreement import Agreement, check_engine_columns, has_dropout
+from opsd_train.engines.base import Completion, EngineError
+from opsd_train.engines.hf import HFEngine
+from opsd_train.loading import with_lora
+from opsd_train.rollouts import Rollout, Sampling, collate, evaluating
 
 
 def example(shift: float = 0.0) -> tuple[Hidden, dict[str, torch.Tensor]]:
@@ -33,9 +38,14 @@ def example(shift: float = 0.0) -> tuple[Hidden, dict[str, torch.Tensor]]:
     }
 
 
+def given(shift: float = 0.0) -> tuple[Callable[[], Hidden], dict[str, torch.Tensor]]:
+    student, batch = example(shift)
+    return lambda: student, batch
+
+
 def test_the_same_weights_agree_to_rounding() -> None:
     agreement = Agreement()
-    agreement.hear(*example())
+    agreement.hear(*given())
     assert agreement.metrics()["engine_difference"] < 1e-6
     assert agreement.metrics() == {}
 
@@ -44,23 +54,23 @@ def test_mean_over_the_live_tokens_of_the_first_micro_batch() -> None:
     agreement = Agreement()
     student, batch = example(shift=0.05)
     batch["engine_logprobs"][1, 1:] = 77.0  # padding
-    agreement.hear(student, batch)
+    agreement.hear(lambda: student, batch)
     batch["engine_logprobs"] += 0.04
-    agreement.hear(student, batch)  # the same step
+    agreement.hear(lambda: student, batch)  # the same step
     assert agreement.metrics()["engine_difference"] == pytest.approx(0.05, abs=1e-6)
     agreement.begin_step()
-    agreement.hear(student, batch)
+    agreement.hear(lambda: student, batch)
     assert agreement.metrics()["engine_difference"] == pytest.approx(0.09, abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.11, -0.5, math.nan])
 def test_other_weights_end_the_run(shift: float) -> None:
     with pytest.raises(EngineError, match="expected an engine with the student's weights"):
-        Agreement().hear(*example(shift))
+        Agreement().hear(*given(shift))
 
 
 def test_more_than_rounding_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    Agreement().hear(*example(0.03))
+    Agreement().hear(*given(0.03))
     assert "0.03 nats per token" in caplog.text
 
 
@@ -68,7 +78,7 @@ def test_an_engine_that_says_nothing_is_not_compared() -> None:
     student, batch = example()
     del batch["engine_logprobs"]
     agreement = Agreement()
-    agreement.hear(student, batch)
+    agreement.hear(lambda: student, batch)
     assert agreement.metrics() == {}
 
 
@@ -89,3 +99,84 @@ def test_log_probs_at_another_temperature_are_refused(tmp_path: Path) -> None:
     check_engine_columns(("reward",), config)
     with pytest.raises(ValueError, match="loss_temperature: expected 1"):
         check_engine_columns(("rollout_logprob",), config)
+
+
+class Telling(HFEngine):
+    """Says how likely its tokens were, as any engine does without dropout; unless it is silent."""
+
+    silent = False
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+    ) -> list[Completion]:
+        written = super().write(prompts, sampling, seed)
+        return written if self.silent else [self._told(*pair) for pair in zip(prompts, written, strict=True)]
+
+    @torch.no_grad()
+    def _told(self, prompt: Sequence[int], one: Completion) -> Completion:
+        with evaluating(self.student):
+            z = self.student(input_ids=torch.tensor([[*prompt, *one.tokens]])).logits[0].log_softmax(-1)
+        said = z[len(prompt) - 1 : -1].gather(-1, torch.tensor(one.tokens)[:, None])[:, 0]
+        return Completion(one.tokens, tuple(said.tolist()), one.version)
+
+
+def learnt(dropout: float) -> torch.nn.Module:
+    """A LoRA student whose adapters matter."""
+    student = with_lora(tiny_model(), 4, 32.0, dropout)
+    torch.manual_seed(1)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return student
+
+
+def gpt2(**rates: float) -> torch.nn.Module:
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return tiny_model(0, GPT2LMHeadModel, **sizes, **rates)
+
+
+NO_RATES = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
+
+
+@pytest.mark.parametrize("make", [lambda: learnt(0.05), gpt2], ids=["lora", "gpt2"])
+def test_dropout_is_no_difference(
+    tmp_path: Path, make: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does comparing change the run: the same random numbers drop the same."""
+    weights = []
+    for silent in (False, True):
+        monkeypatch.setattr(Telling, "silent", silent)
+        torch.manual_seed(0)
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1}
+        trainer = tiny_trainer(tmp_path, make(), teacher="live", **settings)
+        trainer.engine = Telling(trainer.student, trainer.vocabulary)
+        trainer.train()
+        log = trainer.state.log_history
+        found = [line["engine_difference"] for line in log if "engine_difference" in line]
+        assert len(found) == (0 if silent else 2)
+        assert all(one < 1e-5 for one in found)
+        weights.append([one.detach().clone() for one in trainer.student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_without_dropout_nothing_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path, learnt(0.0), teacher="live")
+    trainer.engine = Telling(trainer.student, trainer.vocabulary)
+    monkeypatch.delattr(module, "completion_hidden")
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "drops"),
+    [
+        (lambda: learnt(0.0), False),
+        (lambda: learnt(0.1), True),
+        (lambda: gpt2(**NO_RATES), False),
+        (lambda: gpt2(**NO_RATES | {"attn_pdrop": 0.1}), True),
+        (tiny_model, False),
+        (lambda: tiny_model(attention_dropout=0.1), True),  # of a function, not a module
+    ],
+)
+def test_where_there_is_dropout(make: Callable[[], torch.nn.Module], drops: bool) -> None:
+    assert has_dropout(make()) is drops

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from driver_tiny import ROWS, TOKENIZER, tiny_model
+from driver_tiny import TOKENIZER, tiny_model
 from fake_vllm_server import FakeServer
 from opsd_train.commands.main import app
 from opsd_train.rollouts import generate
@@ -46,7 +46,7 @@ def gone(what: str, seconds: float) -> bool:
 
 def start(package, tmp_path):
     student = tiny_model()
-    return make(package, tmp_path, student, vllm_start=True), student
+    return make(package, tmp_path, student, vllm_start=True, rollout_stall_seconds=30.0), student
 
 
 def test_a_server_that_the_run_starts_ends_with_close(package, tmp_path):
@@ -102,9 +102,17 @@ def test_a_run_whose_server_is_killed_ends_and_can_be_resumed(package, tmp_path)
 
 
 def test_a_run_without_its_server_ends_with_one_message(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+2=", "teacher_prompt": "3;1+2="}))
     words = ["train", "--model", DEMO, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run"]
-    url = ["--use-cpu", "--rollouts", "vllm-server", "--vllm-url", "http://127.0.0.1:9"]
+    url = [
+        "--use-cpu",
+        "--max-completion-length",
+        "8",
+        "--rollouts",
+        "vllm-server",
+        "--vllm-url",
+        "http://127.0.0.1:9",
+    ]
     found = CliRunner().invoke(app, [str(word) for word in (*words, *url)])
     assert isinstance(found.exception, SystemExit)
     assert found.exit_code == 1

@@ -14,7 +14,7 @@ from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from opsd_train.data.rows import load_rows
 from opsd_train.loading import with_lora
 from opsd_train.pieces.private import NotFinite, PrivateGradient
-from opsd_train.safety.finite import BadSteps
+from opsd_train.safety.keep import BadSteps
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch.progress import RecordCallback
@@ -70,7 +70,7 @@ def test_a_run_without_bad_steps_is_as_it_was(tmp_path: Path, monkeypatch: pytes
     ("kind", "value"), [("loss", math.nan), ("loss", math.inf), ("weight gradient", math.nan)]
 )
 def test_log_is_raw_and_goes_on(tmp_path: Path, kind: str, value: float) -> None:
-    trainer = tiny_trainer(tmp_path, max_steps=6, logging_steps=3)
+    trainer = tiny_trainer(tmp_path, max_steps=6, logging_steps=3, logging_first_step=False)
     poison(trainer, kind, [2], value)
     trainer.add_callback(RecordCallback(RunRecord(tmp_path / "run")))
     trainer.train()

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from checkpoint_worker import go, make
 from distributed_worker import without_kernels
 from opsd_train.safety import stops
-from opsd_train.safety.finite import BadSteps
+from opsd_train.safety.keep import BadSteps
 from opsd_train.safety.trees import save_tree
 from opsd_train.trainer import OPSDTrainer
 

@@ -9,7 +9,9 @@ from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
 from opsd_train.engines.config import EngineConfig
+from opsd_train.inherited import check_inherited
 from opsd_train.method_config import MethodConfig, option
+from opsd_train.objectives import objective, objectives
 from opsd_train.pieces.config import PiecesConfig
 from opsd_train.reading import prompts
 from opsd_train.reading.config import ThinkingConfig
@@ -39,10 +41,12 @@ class OPSDConfig(
 
     # What is minimised
     objective: str = option(
-        "forward_kl", "Divergence by name: " + ", ".join(opsd_kernels.named_objectives()) + "."
+        "forward_kl", "Divergence by name: " + ", ".join(objectives()) + "; methods are --method."
     )
     beta: float | None = option(
-        None, "The teacher's share of the mixture in `jsd`; None keeps the objective's own."
+        None,
+        "The teacher's share of the mixture in `jsd` and the `skew_` divergences, or the weight in `alpha` "
+        "and `mixed`; None keeps the objective's own.",
     )
     entry_clip: float | None = option(
         None, "Upper bound of the term of each vocabulary entry; None keeps the objective's own."
@@ -122,9 +126,10 @@ class OPSDConfig(
     learning_rate: float = option(5e-6, "Peak learning rate.")
     logging_steps: float = option(
         5,
-        "Write metrics every so many steps. Measuring the tokens of such a step costs half of its loss "
-        "again: six products with the head instead of four.",
+        "Write metrics every so many steps, and at the first and the last one. Measuring the tokens of such "
+        "a step costs half of its loss again: six products with the head instead of four.",
     )
+    logging_first_step: bool = option(True, "Write metrics at the first step.")
     eval_steps: float | None = option(20, "Evaluate every so many steps, with eval_strategy `steps`.")
     save_steps: float = option(20, "Write a checkpoint every so many steps.")
     per_device_eval_batch_size: int = option(64, "Sequences generated at once in an evaluation.")
@@ -139,7 +144,10 @@ class OPSDConfig(
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):
             # As a command line and a YAML file say it; TrainingArguments takes a word for names of FSDP1.
             self.fsdp = self.fsdp.lower() == "true"  # type: ignore[assignment]
+        check_inherited(self)
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for
         self.check_thinking()
         self.check_engine()
         self.check_served()
@@ -188,11 +196,9 @@ class OPSDConfig(
 
     def to_objective(self) -> opsd_kernels.Objective:
         """The objective by its name, with what was given in place of its own settings."""
-        named = opsd_kernels.named_objectives()
-        _one_of("objective", self.objective, tuple(named))
         settings = ("beta", "entry_clip", "clip_mode", "token_clip")
         given = {name: getattr(self, name) for name in settings if getattr(self, name) is not None}
-        return self.over_known(dataclasses.replace(named[self.objective], **given))
+        return self.over_known(dataclasses.replace(objective(self.objective), **given))
 
     def to_teacher(self) -> TeacherRule:
         """Which weights teach."""
@@ -203,17 +209,12 @@ class OPSDConfig(
             self.teacher_copy_every,
             self.teacher_share,
             self.teacher_model,
-            self.to_served(opsd_kernels.named_objectives()[self.objective]),
+            self.to_served(objective(self.objective)),
         )
 
     def to_templates(self) -> prompts.Templates:
         """The three templates."""
         return prompts.Templates(self.student_template, self.teacher_template, self.context_template)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
 
 
 def _in_range(

@@ -20,6 +20,11 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Of a folder's configuration and of its tokenizer, in any form, a file that there must be.
+PARTS = (
+    ("config.json", "adapter_config.json"),
+    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,6 +93,10 @@ def _where(model: str, gguf_file: str | None, revision: str | None) -> dict[str,
     """What says which files of a model are meant. ValueError for a place that there is not."""
     if not Path(model).is_dir() and not HUB_ID.fullmatch(model):
         raise ValueError(f"model: expected a local folder or a hub id, got {model!r}, which is neither")
+    if gguf_file is None and Path(model).is_dir():
+        for names in PARTS:
+            if not any((Path(model) / name).exists() for name in names):
+                raise ValueError(f"model: {model} has no {names[0]}")
     if gguf_file is not None and Path(model).is_dir() and not (Path(model) / gguf_file).is_file():
         raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
     return {"gguf_file": gguf_file, "revision": revision or "main"}

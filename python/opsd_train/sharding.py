@@ -73,6 +73,22 @@ class Ranks:
         """Whether it is so in any process, the same answer in all."""
         return bool(self.total(torch.tensor(int(flag))))
 
+    def first(self, action: Callable[[], Result]) -> Result | None:
+        """Do it in the first process, while the others wait; only that one gets the result.
+
+        Raises:
+            RuntimeError: in the others, if it failed; the first one raises its own error.
+        """
+        failure: Exception | None = None
+        found: Result | None = None
+        try:
+            found = action() if self.index == 0 else None
+        except Exception as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or RuntimeError("the first process failed, which says why")
+        return found
+
     def texts(self, own: str) -> list[str]:
         """The texts of all processes, in their order; all of them call it, each with its own."""
         if self.count == 1:

@@ -1,18 +1,24 @@
 """One run, from a model and rows to a report: what `opsd demo` and `opsd train` have in common."""
 
 import platform
-import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from opsd_kernels import get_method
 from opsd_train.backbone import causal_lm, positions_of
@@ -20,6 +26,9 @@ from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import BAD_ROWS, Refuse, count, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
+from opsd_train.data.sampler import short_steps
+from opsd_train.engines.launch import LOG
+from opsd_train.engines.place import FOLDER
 from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
@@ -27,22 +36,39 @@ from opsd_train.reading.prompts import Encoder
 from opsd_train.report.page import write_report
 from opsd_train.run_options import RunOptions
 from opsd_train.safety import stops
-from opsd_train.safety.checkpoints import newest_checkpoint, step_of
+from opsd_train.safety.checkpoints import is_none_named, newest_checkpoint, supersede
+from opsd_train.safety.lock import LOCK, FolderLock
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch import record, trackers
 from opsd_train.watch.inspection import inspect_rollouts
+from opsd_train.watch.journal import Journal
 from opsd_train.watch.meter import peak_memory_gb
-from opsd_train.watch.progress import ProgressCallback, RecordCallback, accuracy_table
+from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, make_progress, say
 from opsd_train.watch.record import RunRecord, load_run
 
 Existing = Literal["error", "replace", "resume"]
+LEFT = (BAD_ROWS, LOG, FOLDER, LOCK)  # what a run may leave that ended before it began
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "opsd-kernels")
 
 
 def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
     """Load what `opsd train` was given. Raises ValueError for anything that is wrong with it."""
-    check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
-    last_checkpoint(config)
+    with ExitStack() as mistaken:
+        lock = None
+        if config.process_index == 0:
+            lock = mistaken.enter_context(FolderLock(config.output_dir or "."))
+        check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
+        if config.resume_from_checkpoint and last_checkpoint(config) is None:
+            console.print(
+                f"no checkpoint in {config.output_dir}: beginning at step 0", highlight=False, markup=False
+            )
+        trainer = _prepare(options, config, console)
+        trainer.lock = lock  # until the run ends
+        mistaken.pop_all()
+    return trainer
+
+
+def _prepare(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
     loaded = load_rows(options, config)
     for note in loaded.notes:
         console.print(note, highlight=False, markup=False)
@@ -77,6 +103,10 @@ def make_trainer(
     prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
     if not prompts:
         raise ValueError(f"data: expected at least one row that fits, got none of {len(rows)}")
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    fewer = short_steps(len(prompts), rollouts // config.num_generations, config.world_size)
+    if fewer is not None and config.private is None:
+        warnings.warn(fewer, stacklevel=2)
     return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
 
 
@@ -100,53 +130,94 @@ def run(
         EngineError: the engine that writes rollouts died, stalled or has other weights.
     """
     config, folder = trainer.config, Path(trainer.config.output_dir or ".")
-    written = RunRecord(folder, existing) if trainer.is_world_process_zero() else None
-    if written is None:
+    if not trainer.is_world_process_zero():
         console = Console(quiet=True)
-    if config.method is not None:
-        console.print(
-            f"method {config.method}: the teacher's weights are {config.to_teacher()} (--teacher); published "
-            f"with: {get_method(config.method).teacher}",
-            highlight=False,
-            markup=False,
-        )
-    if trainer.held_out:
-        sentence = how_judged(config.eval_match, len(trainer.held_out))
-        console.print(sentence, highlight=False, markup=False)
-    started = time.perf_counter()
-    info = {**about, "started": datetime.now(UTC).isoformat(), **describe(trainer)}
-    trackers.aim(trainer)
-    try:
-        with stops.watched(trainer):
-            _train(trainer, written, info, console)
-            trainer.save_model(folder / "model")
-    finally:
-        trainer.engine.close()
-    if written is None:
-        return None
-    info |= {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(trainer.args.device)}
-    written.write_info(info)
-    found = load_run(folder).evaluations
-    if found:
-        console.print(accuracy_table(found[0], found[-1]))
-    return write_report(folder)
+    with ExitStack() as ending:
+        ending.callback(_release, trainer)
+        ending.callback(trainer.engine.close)
+        journal = trainer.ranks.first(lambda: _journal(trainer, about, existing))
+        if config.method is not None:
+            console.print(
+                f"method {config.method}: the teacher's weights are {config.to_teacher()} (--teacher); "
+                f"published with: {get_method(config.method).teacher}",
+                highlight=False,
+                markup=False,
+            )
+        if trainer.held_out:
+            sentence = how_judged(config.eval_match, len(trainer.held_out))
+            console.print(sentence, highlight=False, markup=False)
+        trackers.aim(trainer)
+        try:
+            with stops.watched(trainer):
+                _train(trainer, journal, console)
+                trainer.save_model(folder / "model")
+        except BaseException as error:
+            if journal is not None:
+                with suppress(OSError):  # a disk that is full hides no error
+                    journal.end(trainer.state, error)
+            raise
+        if journal is None:
+            return None
+        journal.end(trainer.state, peak_memory_gb=peak_memory_gb(trainer.args.device))
+        found = load_run(folder).evaluations
+        if found:
+            console.print(accuracy_table(found[0], found[-1]))
+        return write_report(folder)
 
 
-def _train(
-    trainer: OPSDTrainer, written: RunRecord | None, info: Mapping[str, Any], console: Console
-) -> None:
+def _journal(trainer: OPSDTrainer, about: Mapping[str, Any], existing: Existing) -> Journal:
+    """The record of a run that is about to begin; takes the folder, if `train` has not."""
+    folder = Path(trainer.config.output_dir or ".")
+    trainer.lock = trainer.lock or FolderLock(folder)
+    info = {**about, **describe(trainer)}
+    return Journal(RunRecord(folder, existing), info, resumes=existing == "resume")
+
+
+def _release(trainer: OPSDTrainer) -> None:
+    if trainer.lock is not None:
+        trainer.lock.release()
+        trainer.lock = None
+
+
+class _Begin(TrainerCallback):
+    """Begins the record of a run that goes on, once everything of the checkpoint has been loaded."""
+
+    def __init__(self, trainer: OPSDTrainer, journal: Journal | None) -> None:
+        self.trainer, self.journal = trainer, journal
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All processes wait for the first one."""
+        begin(self.trainer, self.journal, state.global_step)
+
+
+def begin(trainer: OPSDTrainer, journal: Journal | None, step: int) -> None:
+    """A run begins after `step`: what its folder holds of later ones is superseded."""
+
+    def rewind() -> None:
+        assert journal is not None
+        supersede(journal.written.directory, step)
+        journal.begin(step)
+
+    trainer.ranks.first(rewind)
+
+
+def _train(trainer: OPSDTrainer, journal: Journal | None, console: Console) -> None:
     """Look at the student, train it, and look again; what is seen is written down."""
-    progress = None
-    if written is not None:
-        written.write_info(info)
+    progress, written = None, None
+    if journal is not None:
+        written = journal.written
         trainer.add_callback(RecordCallback(written))
-        trainer.add_callback(progress := ProgressCallback(console))
+        trainer.add_callback(progress := make_progress(console))
+        if not console.is_terminal:
+            say(console, f"{trainer.args.max_steps:,} steps, {trainer.args.device}")
     checkpoint = last_checkpoint(trainer.config)
     if checkpoint is None:
+        begin(trainer, journal, 0)
         look(trainer, written, console)
     else:
-        if written is not None:
-            written.rewind(step_of(checkpoint))
+        trainer.add_callback(_Begin(trainer, journal))
         trainer.add_callback(MissedEvaluation(trainer, written))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -159,7 +230,8 @@ def _train(
 def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> None:
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
     step = trainer.state.global_step
-    with console.status(f"evaluating at step {step}"):
+    what = f"{len(trainer.held_out):,} held-out problems" if trainer.held_out else "a few rollouts"
+    with doing(console, f"step {step}: evaluating {what}"):
         if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
             trainer.evaluate()
         if (
@@ -177,7 +249,7 @@ def check_output(folder: str | Path | None, existing: Existing) -> None:
     path = Path(folder or ".")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path}")
-    held = sorted(entry.name for entry in path.iterdir() if entry.name != BAD_ROWS) if path.is_dir() else []
+    held = sorted(entry.name for entry in path.iterdir() if entry.name not in LEFT) if path.is_dir() else []
     is_run = any(name in held for name in record.FILES)
     if held and not is_run:
         raise ValueError(f"out: expected an empty folder or a run, but {path} holds {', '.join(held[:3])}")
@@ -188,9 +260,14 @@ def check_output(folder: str | Path | None, existing: Existing) -> None:
 
 
 def last_checkpoint(config: OPSDConfig) -> str | None:
-    """The checkpoint to go on from, None for a fresh start; `last` stands for the newest of the run."""
+    """The checkpoint to go on from, None for step 0; `last` stands for the newest of the run.
+
+    A run that was killed before its first checkpoint has none. ValueError if all that it has are damaged.
+    """
     if config.resume_from_checkpoint != "last":
         return config.resume_from_checkpoint
+    if is_none_named(config.output_dir):
+        return None
     return newest_checkpoint(config.output_dir)
 
 

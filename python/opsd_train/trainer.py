@@ -13,7 +13,7 @@ from opsd_kernels import Hidden, LogLinear, Objective, TopK
 from opsd_train.backbone import causal_lm, check_head, check_positions, completion_hidden, head_source
 from opsd_train.config import OPSDConfig
 from opsd_train.data.sampler import parts_of
-from opsd_train.engines.agreement import Agreement, check_engine_columns
+from opsd_train.engines.agreement import Agreement, as_engines_read, check_engine_columns
 from opsd_train.engines.make import make_engine
 from opsd_train.evaluation.examined import EVALUATION, TRAINING, Examined
 from opsd_train.method import MethodRun
@@ -27,11 +27,12 @@ from opsd_train.safety import stops
 from opsd_train.safety.atomic import AtomicCheckpoints
 from opsd_train.safety.checkpoints import StepCallback
 from opsd_train.safety.finite import FiniteSteps
+from opsd_train.safety.lock import FolderLock
 from opsd_train.sharding import Ranks, shard_on_cpus
 from opsd_train.steps import Written, method_batches, plain_batches
 from opsd_train.teachers.weights import Teacher, make_teacher
 from opsd_train.watch.completions import Completions
-from opsd_train.watch.meter import Meter, logs_next
+from opsd_train.watch.meter import LastStepCallback, Meter, logs_next
 from opsd_train.watch.metrics import teacher_mass
 
 
@@ -104,7 +105,9 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.add_callback(LastStepCallback())
         self.ranks = Ranks(self.accelerator, model)
+        self.lock: FolderLock | None = None  # of the run's folder, given back when the run ends
         check_head(model, train_dataset[0].student_ids)
         self.readers: Readers | StoredReaders | None = None
         if self.stored is None or method is None:
@@ -220,7 +223,9 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
             "token_ids": inputs["input_ids"][:, -mask.shape[1] :],
         }
         student, teacher, what = self._minimised(model, inputs, tokens)
-        self.agreement.hear(student, inputs)
+        self.agreement.hear(
+            lambda: as_engines_read(model, student, inputs, self.accelerator.autocast), inputs
+        )
         # What a cache holds of a teacher, or a server says, is no distribution that could be measured.
         partial = self.stored is not None or not self.teacher.is_whole
         with self.meter.phase("loss"):

@@ -1,7 +1,10 @@
 """What `opsd methods` shows."""
 
+from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from opsd_kernels import get_method
 from opsd_kernels.methods import names
@@ -10,13 +13,16 @@ from opsd_kernels.methods.table import describe, target_of
 from opsd_kernels.recipes import Term
 
 
-def all_methods() -> Table:
-    """Every method in one line."""
-    shown = Table("method", "minimises", "teacher", "paper")
-    for key in names():
+def all_methods() -> Group:
+    """Every method by its name: its paper, what it minimises, and its teacher."""
+    shown: list[RenderableType] = []
+    for key in sorted(names()):
         method = get_method(key)
-        shown.add_row(key, escape(method.note), escape(method.teacher), method.arxiv)
-    return shown
+        shown.append(Text(key, style="cyan").append(f"  {method.arxiv}", style="default"))
+        shown.append(Padding(Text(method.note), (0, 0, 0, 4), expand=False))
+        if method.teacher:
+            shown.append(Padding(Text(f"teacher: {method.teacher}"), (0, 0, 0, 4), expand=False))
+    return Group(*shown)
 
 
 def one_method(key: str) -> Table:

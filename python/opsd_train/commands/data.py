@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from opsd_train.commands.terminal import ANY_OPTION, console, quiet, user_errors
+from opsd_train.commands.terminal import ANY_OPTION, console, quiet, show, user_errors
 
 data_tools = typer.Typer()
 
@@ -27,7 +27,7 @@ def check(
     """Show what a run would make of its data: columns, lengths against budgets, tokens, refused rows.
 
     Nothing is trained and no weights are loaded. Leaves with exit code 1 if a row would be refused. Any
-    further option of `opsd train` can be given.
+    option that `opsd options` lists can be given.
     """
     from opsd_train.commands.options import layers, parse
     from opsd_train.config import OPSDConfig
@@ -69,4 +69,4 @@ def presets(
                 table.add_row(key, escape(str(value)))
             table.add_row("source", escape(one.source))
             table.add_row("notes", escape(one.notes))
-    console.print(table)
+    show(table)

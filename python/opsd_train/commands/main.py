@@ -1,12 +1,10 @@
 """The command `opsd`."""
 
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from opsd_train.commands.data import data_tools
 from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, user_errors
@@ -16,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph
     help="On-policy self-distillation: a model learns from what it knows once it has seen the solution.",
 )
 app.add_typer(tools)
@@ -33,8 +32,8 @@ def demo(
 ) -> None:
     """Teach three-digit addition to a small model on the CPU, in about two minutes.
 
-    Any further option of OPSDConfig can be given: --objective, --entry-clip, --clip-mode, --teacher and so
-    on; `opsd options` lists them.
+    Any option that `opsd options` lists can be given: --objective, --entry-clip, --clip-mode, --teacher and
+    so on.
     """
     from opsd_train.demo import run as demo_run
     from opsd_train.train import run
@@ -69,8 +68,10 @@ def train(
     """Self-distil a model on rows of your own.
 
     Rows have the columns problem and solution, or prompt and privileged_context, or prompt and
-    teacher_prompt. Any further option of RunOptions and OPSDConfig can be given: --lora-rank 64,
-    --gguf-file NAME, --learning-rate 1e-5 and so on; `opsd options` lists them.
+    teacher_prompt.
+
+    Any option that `opsd options` lists can be given: --lora-rank 64, --gguf-file NAME, --learning-rate 1e-5
+    and so on.
     """
     from opsd_train.commands.options import layers, parse
     from opsd_train.config import OPSDConfig
@@ -104,23 +105,18 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run folder, finished 
 
 @app.command()
 def options(
+    word: Annotated[
+        str | None, typer.Argument(help="Only options with this in their name or meaning.")
+    ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also those of transformers.TrainingArguments.")
+        bool, typer.Option("--all", help="Also the other ones of transformers.TrainingArguments.")
     ] = False,
 ) -> None:
-    """List the options that `opsd train`, `opsd demo` and their YAML files take."""
-    from transformers import TrainingArguments
+    """List the options that `opsd train`, `opsd demo` and their YAML files take, with their defaults."""
+    from opsd_train.commands.option_list import listed
 
-    from opsd_train.config import OPSDConfig
-    from opsd_train.run_options import RunOptions
-
-    inherited = {field.name: field.default for field in fields(TrainingArguments)}
-    table = Table("option", "default", "meaning")
-    for field in (*fields(RunOptions), *fields(OPSDConfig)):
-        if everything or field.name not in inherited or inherited[field.name] != field.default:
-            default = "" if field.default is MISSING else escape(repr(field.default))
-            table.add_row(field.name, default, escape(" ".join(str(field.metadata.get("help", "")).split())))
-    console.print(table)
+    with user_errors():
+        console.print(listed(everything, word), highlight=False)
 
 
 def _say(report: Path | None) -> None:

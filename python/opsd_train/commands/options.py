@@ -12,6 +12,8 @@ from transformers import HfArgumentParser
 
 from opsd_train.commands.presets import Preset, preset
 
+COMMAND_LINE = "command line"
+
 
 class _Parser(HfArgumentParser):
     """argparse that raises instead of leaving the process."""
@@ -40,7 +42,7 @@ def parse(
     for argument in arguments:
         if argument.startswith("--"):
             key = argument[2:].split("=")[0].replace("-", "_")
-            check_known(key.removeprefix("no_") if key not in names else key, names, "command line")
+            check_known(bare if (bare := key.removeprefix("no_")) in names else key, names, COMMAND_LINE)
     parser = _Parser(list(kinds), allow_abbrev=False)
     return parser.parse_args_into_dataclasses([*argv, *arguments], look_for_args_file=False)
 
@@ -54,9 +56,25 @@ def layers(preset_name: str | None, config: Path | None) -> list[Path | Preset]:
 def check_known(key: str, names: Sequence[str], where: str) -> None:
     """Raise ValueError unless `key` is one of the names."""
     if key not in names:
-        close = difflib.get_close_matches(key, names, n=3)
+        written = _written if where == COMMAND_LINE else str
+        close = list(map(written, _close(key, names)))
         hint = f"; did you mean {' or '.join(close)}?" if close else "; `opsd options` lists what there is"
-        raise ValueError(f"{where}: unknown option {key}{hint}")
+        raise ValueError(f"{where}: unknown option {written(key)}{hint}")
+
+
+def _close(key: str, names: Sequence[str]) -> list[str]:
+    """The names most like a key, best first; none that is much less like it than the first one."""
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, name, key).ratio()
+
+    close = difflib.get_close_matches(key, names, n=3, cutoff=0.7)
+    return [name for name in close if likeness(name) >= likeness(close[0]) - 0.1]
+
+
+def _written(key: str) -> str:
+    """An option as the command line has it."""
+    return f"--{key.replace('_', '-')}"
 
 
 def _from_yaml(path: Path, names: Sequence[str]) -> dict[str, Any]:

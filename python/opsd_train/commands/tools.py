@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsd_train.commands.terminal import ANY_OPTION, console, quiet, user_errors
+from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, show, user_errors
 
 tools = typer.Typer()
 
@@ -27,7 +27,7 @@ def compare(
 ) -> None:
     """Run several methods on the demo's task side by side: accuracy, pass@k, entropy, learning curves.
 
-    Run again, it goes on where it was cut off. Any further option of OPSDConfig applies to every run.
+    Run again, it goes on where it was cut off. Any option that `opsd options` lists applies to every run.
     """
     from opsd_train.demo import run as demo_run
     from opsd_train.studies import compare_report
@@ -37,7 +37,7 @@ def compare(
     quiet()
     words = ["opsd", "compare", "--methods", methods, "--steps", steps, "--seeds", seeds]
     words += ["--samples", samples, "--k", k, "--out", out, *context.args]
-    with user_errors():
+    with early_ends(), user_errors():
         plan = Plan(
             methods=parse_methods(methods),
             seeds=_integers("seeds", seeds),
@@ -51,7 +51,7 @@ def compare(
         outcomes = execute(plan, task, console)
     found = summarise(plan, outcomes, shlex.join(map(str, words)), task.model)
     written = compare_report.write(found, out)
-    console.print(compare_report.table(found))
+    show(compare_report.table(found))
     console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(code=1)
@@ -74,14 +74,14 @@ def diagnose(
     """Measure how well candidate losses and teacher contexts point to where success lies, without training.
 
     The cosine between a distillation gradient and the direction in which the probability of success rises. A
-    method may carry a teacher's context too: forward_kl:teacher_template=... Any further option of RunOptions
-    and OPSDConfig applies to every candidate.
+    method may carry a teacher's context too: forward_kl:teacher_template=... Any option that
+    `opsd options` lists applies to every candidate.
     """
     from opsd_train.studies import diagnose_run
 
     quiet()
     words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
-    with user_errors():
+    with early_ends(), user_errors():
         request = diagnose_run.Request(
             demo=demo,
             methods=methods,
@@ -91,7 +91,7 @@ def diagnose(
             arguments=(*words, *context.args),
         )
         found = diagnose_run.judge(request, console)
-    console.print(diagnose_run.table(found))
+    show(diagnose_run.table(found))
     if out is not None:
         diagnose_run.write(found, request, out)
         console.print(f"written: {out}", highlight=False, soft_wrap=True)
@@ -113,13 +113,13 @@ def cache(
 ) -> None:
     """Write rollouts of the student with the teacher's log-probs, to train from without a teacher.
 
-    Any further option of RunOptions and OPSDConfig can be given; loss_temperature is that of the log-probs.
+    Any option that `opsd options` lists can be given; loss_temperature is that of the log-probs.
     """
     from opsd_train.offline import run as offline_run
 
     quiet()
     words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
-    with user_errors():
+    with early_ends(), user_errors():
         request = offline_run.Request(
             demo=demo,
             teacher_model=teacher_model,
@@ -150,27 +150,22 @@ def evaluate(
 ) -> None:
     """Measure a model's accuracy on rows with answers: greedy, sampled and pass@k, with 95 % intervals.
 
-    A run folder's model is asked as its run asked it. Any further option of RunOptions and OPSDConfig can be
+    A run folder's model is asked as its run asked it. Any option that `opsd options` lists can be
     given: --eval-match, --rollouts, --temperature, --max-completion-length and so on.
     """
-    from opsd_train.engines.base import EngineError
     from opsd_train.evaluation import run as eval_run
 
     quiet()
     named = {"data": data, "eval_samples": samples, "eval_k": k}
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    try:
-        with user_errors():
-            if demo is (data is not None):
-                raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
-            if model is None and not demo:
-                raise ValueError("model: expected a model to evaluate; got none")
-            request = eval_run.Request(demo, model, (*words, *context.args))
-            found = eval_run.evaluate(request, out, console)
-    except EngineError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(code=1) from None
-    console.print(eval_run.table(found))
+    with early_ends(), user_errors():
+        if demo is (data is not None):
+            raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
+        if model is None and not demo:
+            raise ValueError("model: expected a model to evaluate; got none")
+        request = eval_run.Request(demo, model, (*words, *context.args))
+        found = eval_run.evaluate(request, out, console)
+    show(eval_run.table(found))
     written = ", ".join(map(str, (out / eval_run.EVALUATION, out / "completions" / "eval.parquet")))
     console.print(f"written: {written}", highlight=False, soft_wrap=True)
 
@@ -190,5 +185,7 @@ def methods(
     from opsd_train.commands.catalogue import all_methods, one_method
 
     with user_errors():
-        shown = all_methods() if name is None else one_method(name)
-    console.print(shown)
+        if name is None:
+            console.print(all_methods(), highlight=False)
+        else:
+            show(one_method(name))

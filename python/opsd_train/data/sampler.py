@@ -62,6 +62,17 @@ class Ordered(Trainer):
         super()._run_epoch(*args, **kwargs)
 
 
+def short_steps(rows: int, wanted: int, processes: int) -> str | None:
+    """What happens if the rows are fewer than the prompts of a step; None if they are not.
+
+    A step ends with the epoch: it has the rows that there are. Several processes each get as much.
+    """
+    if rows >= wanted:
+        return None
+    then = f"a step has {rows}" if processes == 1 else "a step is smaller, or has rows more than once"
+    return f"data: {rows} rows are fewer than the {wanted} prompts of a step; {then}"
+
+
 def parts_of(sizes: Sequence[int]) -> list[slice]:
     """Slices of consecutive parts of these sizes."""
     ends = list(accumulate(sizes))

@@ -4,8 +4,11 @@ Two implementations of the same model differ by rounding, about 0.01 nats per to
 another step, another tokenizer or a wrong merge differ by far more.
 """
 
+import itertools
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,9 +16,13 @@ from torch import Tensor
 
 import opsd_kernels
 from opsd_kernels import Hidden
+from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.engines.base import EngineError
+from opsd_train.rollouts import evaluating
 
 EXPECTED, ALARM = 0.02, 0.1  # mean absolute difference, nats per token
+RATE = re.compile("drop|jitter")  # attention_dropout, resid_pdrop, layerdrop, router_jitter_noise
+DROPOUTS = torch.nn.modules.dropout._DropoutNd
 logger = logging.getLogger(__name__)
 
 
@@ -31,11 +38,12 @@ class Agreement:
         self._heard = False
 
     @torch.no_grad()
-    def hear(self, student: Hidden, batch: Mapping[str, Tensor]) -> None:
+    def hear(self, student: Callable[[], Hidden], batch: Mapping[str, Tensor]) -> None:
         """Compare the first micro-batch of the step, if the engine said how likely its tokens were.
 
         Args:
-            student: at the completion's positions, as it is before the step.
+            student: gives it at the completion's positions, as it is before the step and without dropout;
+                called if there is something to compare.
             batch: with `engine_logprobs` [B, C] at temperature 1, and the completions.
 
         Raises:
@@ -45,7 +53,7 @@ class Agreement:
             return
         self._heard = True
         mask = batch["completion_mask"].bool()
-        own = opsd_kernels.token_logprobs(student, batch["input_ids"][:, -mask.shape[1] :], mask=mask)
+        own = opsd_kernels.token_logprobs(student(), batch["input_ids"][:, -mask.shape[1] :], mask=mask)
         found = float((own - batch["engine_logprobs"])[mask].abs().double().mean())
         self._differences.append(found)
         if not found <= ALARM:
@@ -63,6 +71,40 @@ class Agreement:
         mean = sum(self._differences) / len(self._differences)
         self._differences.clear()
         return {"engine_difference": mean}
+
+
+@torch.no_grad()
+def as_engines_read(
+    model: torch.nn.Module,
+    student: Hidden,
+    batch: Mapping[str, Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Hidden:
+    """The student at the completion's positions without dropout, which no engine has.
+
+    Args:
+        model: the student; one in training with dropout reads the batch once more, and draws nothing.
+        student: what it said of the batch, which is the answer where there is no dropout.
+        batch: as `collate` makes it.
+        autocast: of the forward pass.
+    """
+    if not (model.training and has_dropout(model)):
+        return student
+    with evaluating(model), autocast():
+        length = batch["completion_mask"].shape[1]
+        hidden = completion_hidden(model, batch["input_ids"], batch["attention_mask"], length)
+    return head_source(model, hidden)
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a module, or a rate that a module or the configuration keeps for a function, drops something.
+
+    A rate that is not used is one too: that costs a forward pass, and hides nothing.
+    """
+    configuration = causal_lm(model).config.get_text_config()
+    held = itertools.chain(*(vars(one).items() for one in (configuration, *model.modules())))
+    rates = [value for name, value in held if RATE.search(name) and isinstance(value, float)]
+    return any(rates) or any(isinstance(one, DROPOUTS) and one.p for one in model.modules())
 
 
 def check_engine_columns(needs: tuple[str, ...], config: Any) -> None:

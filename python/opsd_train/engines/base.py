@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from opsd_train.rollouts import Sampling
+if TYPE_CHECKING:
+    from opsd_train.rollouts import Sampling
 
 
 class EngineError(RuntimeError):
@@ -30,7 +32,7 @@ class Engine:
     """Writes completions with the student's weights of the last `follow`."""
 
     def write(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], sampling: "Sampling", seed: Sequence[int]
     ) -> list[Completion]:
         """Complete every prompt.
 

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.exchange import Exchange
 from opsd_train.engines.patience import Patience
+from opsd_train.safety import stops
+
+LOOK = 1.0  # seconds between two looks for a signal
 
 
 class ServerClient:
@@ -53,8 +56,12 @@ class ServerClient:
         return self._whole("POST", path, [body], 1, self.patience.moving(size))[0]
 
     def post_all(self, path: str, bodies: Sequence[Any], concurrency: int, quiet: float) -> list[Any]:
-        """The answers to several requests, in their order; some answer has to come in `quiet` seconds."""
-        return self._whole("POST", path, bodies, concurrency, self.patience.request, quiet)
+        """The answers to several requests, in their order; some answer has to come in `quiet` seconds.
+
+        Raises:
+            Stopped: a signal asked for it, see `stops`.
+        """
+        return self._whole("POST", path, bodies, concurrency, self.patience.request, quiet, heed=True)
 
     def _whole(
         self,
@@ -64,15 +71,20 @@ class ServerClient:
         concurrency: int,
         seconds: float,
         quiet: float = math.inf,
+        heed: bool = False,
     ) -> list[Any]:
         def one(body: Any, beat: "_Beat") -> Any:
             with beat.exchange(self, Exchange(self.url, method, path, seconds), body) as exchange:
                 return exchange.answer()
 
-        return self._each(one, bodies, concurrency, quiet)
+        return self._each(one, bodies, concurrency, quiet, heed)
 
     def stream_all(self, path: str, bodies: Sequence[Any], concurrency: int) -> list[list[Any]]:
-        """The events that the server streams for each request; some event has to come in `stall` seconds."""
+        """The events that the server streams for each request; some event has to come in `stall` seconds.
+
+        Raises:
+            Stopped: a signal asked for it, see `stops`.
+        """
 
         def one(body: Any, beat: "_Beat") -> list[Any]:
             found = []
@@ -83,7 +95,7 @@ class ServerClient:
                     found.append(event)
             return found
 
-        return self._each(one, bodies, concurrency, self.patience.answer)
+        return self._each(one, bodies, concurrency, self.patience.answer, heed=True)
 
     def healthy(self, timeout: float) -> str | None:
         """None if the server says that it is well, else what is wrong."""
@@ -110,16 +122,24 @@ class ServerClient:
             exchange.close()
 
     def _each(
-        self, one: Callable[[Any, "_Beat"], Any], bodies: Sequence[Any], concurrency: int, quiet: float
+        self,
+        one: Callable[[Any, "_Beat"], Any],
+        bodies: Sequence[Any],
+        concurrency: int,
+        quiet: float,
+        heed: bool = False,
     ) -> list[Any]:
-        """Run the calls beside each other; the first error, or silence, ends all of them."""
+        """Run the calls beside each other; the first error, or silence, ends all of them.
+
+        So does a signal that asks the run to stop, if `heed`.
+        """
         beat = _Beat()
         watcher = threading.Thread(target=self._watch, args=(beat, quiet), daemon=True)
         pool = ThreadPoolExecutor(max_workers=max(1, min(concurrency, len(bodies))))
         try:
             watcher.start()
             calls = [pool.submit(one, body, beat) for body in bodies]
-            wait(calls, return_when=FIRST_EXCEPTION)
+            self._await(calls, heed)
             failed = [error for call in calls if call.done() and (error := call.exception())]
             if failed:
                 raise EngineError(beat.reason) if beat.reason else failed[0]
@@ -128,6 +148,15 @@ class ServerClient:
             beat.end()
             pool.shutdown(wait=True, cancel_futures=True)
             watcher.join()
+
+    @staticmethod
+    def _await(calls: Sequence[Future[Any]], heed: bool) -> None:
+        """Until all of them are done, or one failed."""
+        pending: set[Future[Any]] = set(calls)
+        while pending and not any(call.done() and call.exception() for call in calls):
+            pending = wait(pending, timeout=LOOK if heed else None, return_when=FIRST_EXCEPTION).not_done
+            if heed:
+                stops.check()
 
     def _watch(self, beat: "_Beat", quiet: float) -> None:
         """Ask for the server's health while it is silent; cut every call if it is ill, or silent for long."""

@@ -15,6 +15,7 @@ from opsd_train.engines.base import EngineError
 from opsd_train.engines.client import ServerClient
 
 MODULE = "vllm.entrypoints.openai.api_server"
+LOG = "vllm-server.log"  # in the run folder
 TAIL = 2000  # characters of the log that an error shows
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
 FLAGS = {
@@ -43,7 +44,7 @@ class Launch:
     sync: str = "disk"
     arguments: str = ""
     python: str = sys.executable
-    log: Path = field(default=Path("vllm-server.log"))
+    log: Path = field(default=Path(LOG))
     rank: int = 16
 
     def __post_init__(self) -> None:

@@ -1,13 +1,17 @@
 """Rollouts by a vLLM server that runs beside the trainer, or on other machines."""
 
+import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -16,8 +20,9 @@ from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine, EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.handshake import GENERATE, ServedModel, check_sampled, keeps_own_head, look_at
-from opsd_train.engines.launch import ChildServer, Launch
+from opsd_train.engines.launch import LOG, ChildServer, Launch
 from opsd_train.engines.nccl import NcclSync
+from opsd_train.engines.place import FOLDER, place_of
 from opsd_train.engines.proof import Proof
 from opsd_train.engines.sync import DiskSync, LoraSync, Sync, is_tied, write_checkpoint
 from opsd_train.rollouts import Sampling, Vocabulary
@@ -52,6 +57,7 @@ class ServerEngine(Engine):
         self.proof = Proof(client, served, settings.checksums)
         self.version, self.tag = -1, ""
         self.child: ChildServer | None = None
+        self.started = ExitStack()  # ends what the run started
 
     def follow(self, version: int) -> None:
         """Send the weights, and check that they are the trainer's: by checksums and by log-probs."""
@@ -88,9 +94,8 @@ class ServerEngine(Engine):
     def close(self) -> None:
         """End the transfer, and the server if the run started it."""
         self.sync.close()
-        if self.child is not None:
-            self.child.close()
-            self.child = None
+        self.started.close()
+        self.child = None
 
     @property
     def versions(self) -> dict[str, str]:
@@ -177,11 +182,14 @@ def make(
     """
     is_main = config.process_index == 0
     client = ServerClient(config.vllm_url, config.patience)
-    folder = Path(config.vllm_sync_dir or Path(config.output_dir or ".") / "vllm-sync")
-    sync = _make_sync(config, client, student, folder, is_main)
-    child = _start(config, client, student, tokenizer, folder, is_main) if config.vllm_start else None
-    try:
+    run = _name()
+    shared = Path(config.vllm_sync_dir or Path(config.output_dir or ".") / FOLDER)
+    with ExitStack() as started:
+        folder = started.enter_context(place_of(run, shared)) if is_main else shared / run
+        sync = _make_sync(config, client, student, folder, is_main)
+        child = _start(config, client, student, tokenizer, folder, is_main) if config.vllm_start else None
         if child is not None:
+            started.callback(child.close)
             child.wait(client, config.rollout_start_seconds)
         elif config.vllm_start:
             client.wait(config.rollout_start_seconds)
@@ -192,14 +200,16 @@ def make(
         if config.vllm_sync != "lora" and is_tied(student):
             sync.own_head = keeps_own_head(client, served, sync.size)
         size = causal_lm(student).get_output_embeddings().weight.shape[0]
-        settings = Settings(config.run_tag, size, config.vllm_concurrency, config.vllm_checksums)
+        settings = Settings(run, size, config.vllm_concurrency, config.vllm_checksums)
         engine = ServerEngine(client, served, sync, vocabulary, settings)
-    except BaseException:
-        if child is not None:
-            child.close()
-        raise
-    engine.child = child
+        engine.child, engine.started = child, started.pop_all()
     return engine
+
+
+def _name() -> str:
+    """What the versions of this run's weights begin with on a server: of no other run, and of every rank."""
+    drawn = torch.tensor([secrets.randbits(63)], device=PartialState().device)
+    return f"{int(broadcast(drawn)):016x}"
 
 
 def _start(
@@ -241,6 +251,6 @@ def _launch(config: OPSDConfig, student: torch.nn.Module, model: str) -> Launch:
         sync=config.vllm_sync,
         arguments=config.vllm_server_args,
         python=config.vllm_python or sys.executable,
-        log=Path(config.output_dir or ".") / "vllm-server.log",
+        log=Path(config.output_dir or ".") / LOG,
         rank=rank,
     )

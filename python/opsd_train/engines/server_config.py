@@ -1,6 +1,5 @@
 """The part of a run's configuration that concerns rollouts by a vLLM server."""
 
-import hashlib
 from dataclasses import dataclass
 
 from opsd_train.engines.patience import Patience
@@ -69,11 +68,3 @@ class ServerConfig:
     def patience(self) -> Patience:
         """When a call to an engine is given up."""
         return Patience(getattr(self, "rollout_stall_seconds", 30.0), self.vllm_call_seconds)
-
-    @property
-    def run_tag(self) -> str:
-        """What the versions of this run's weights begin with on a server, the same on every rank."""
-        about = (
-            f"{getattr(self, 'output_dir', '')} {getattr(self, 'run_name', '')} {getattr(self, 'seed', 0)}"
-        )
-        return hashlib.sha256(about.encode()).hexdigest()[:8]

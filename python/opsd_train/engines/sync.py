@@ -91,13 +91,6 @@ class DiskSync(Sync):
         finally:
             shutil.rmtree(target)
 
-    def close(self) -> None:
-        """Remove what the server started from, and the folder if nothing else is in it."""
-        if self.is_main and self.folder.is_dir():
-            shutil.rmtree(self.folder / "start", ignore_errors=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-
 
 class LoraSync(Sync):
     """The adapter of a PEFT student under a name of its own for each version; the one before is unloaded.
@@ -124,7 +117,7 @@ class LoraSync(Sync):
         state = {key: whole(tensor).contiguous().cpu() for key, tensor in state.items()}
         if not self.is_main:
             return
-        self._unload(tag)  # of a run that was resumed at this step
+        self._unload(tag)  # sent before, with other weights, in the same step
         partial, target = self.folder / f"{tag}.partial", self.folder / tag
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from opsd_train.backbone import causal_lm
 from opsd_train.sharding import gathered
+from opsd_train.teachers.effective import with_deltas
 
 Named = tuple[str, torch.Tensor]
 ELEMENTS_AT_ONCE = 1 << 20  # of a checksum
@@ -156,10 +157,8 @@ def _merged(layer: LoraLayer, name: str) -> Iterator[Named]:
         adapters = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.scaling]
         adapters = [adapter for adapter in adapters if adapter not in layer.merged_adapters]
         if key == "weight" and adapters:
-            merged = whole(parameter).float()
-            for adapter in adapters:
-                merged = merged + whole(layer.get_delta_weight(adapter)).float()  # type: ignore[attr-defined]
-            yield key, merged.to(parameter.dtype)
+            deltas = (whole(layer.get_delta_weight(adapter)) for adapter in adapters)  # type: ignore[attr-defined]
+            yield key, with_deltas(whole(parameter), deltas).to(parameter.dtype)
         elif key == "bias" and any(layer.lora_bias.get(adapter) for adapter in adapters):
             raise ValueError(
                 f"rollouts: expected LoRA without a bias of its own, got lora_bias at {name[:-1]}"

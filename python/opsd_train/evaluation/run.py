@@ -30,10 +30,9 @@ from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary
 from opsd_train.run_options import RunOptions
 from opsd_train.watch.completions import FOLDER, to_rows, write_parquet
-from opsd_train.watch.progress import interval, intervals
+from opsd_train.watch.progress import doing, interval, intervals
 from opsd_train.watch.record import INFO, Evaluation
 
-DEFAULTS = ("--output_dir=opsd-unused", "--data=")
 EVALUATION = "eval.json"
 PACKAGES = ("torch", "transformers", "peft", "opsd-kernels")  # beside what the engine names
 # How a model of a run was made to write; `opsd eval` of it asks in the same way unless it is told otherwise.
@@ -69,7 +68,12 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         raise ValueError(f"out: expected a folder without an evaluation, but {out} holds one")
     model, recorded = resolve(str(MODEL) if request.model is None else request.model)
     given = [f"--model={model}", *recorded, *request.arguments]
-    options, config = parse([RunOptions, OPSDConfig], presets(given) if request.demo else [], given, DEFAULTS)
+    options, config = parse(
+        [RunOptions, OPSDConfig],
+        presets(given) if request.demo else [],
+        given,
+        [f"--output_dir={out}", "--data="],
+    )
     if request.demo:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)
@@ -81,7 +85,7 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     check_head(student, prompts[0].student_ids)
     student.to(config.device)
     started = time.perf_counter()
-    with console.status(f"{len(prompts):,} problems, {config.eval_samples} samples each"):
+    with doing(console, f"{len(prompts):,} problems, {config.eval_samples} samples each"):
         findings, versions = _hold(config, student, tokenizer, prompts)
     seconds = time.perf_counter() - started
     found = findings.evaluation(0)

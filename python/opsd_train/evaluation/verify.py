@@ -14,6 +14,7 @@ from opsd_train.data.rows import Row
 from opsd_train.evaluation.judge import MATCHES
 from opsd_train.reading.prompts import Prompt, decode
 from opsd_train.rollouts import Rollout
+from opsd_train.safety import stops
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,14 @@ class Verifier:
         """The reward of each completion of its prompt.
 
         Raises ValueError naming the row whose answer is missing, or for whose completion the function raises
-        or returns anything but a number in [0, 1].
+        or returns anything but a number in [0, 1]; and Stopped if a signal asked for it, see `stops`.
         """
-        return [self._reward(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+        found = []
+        with stops.agreed():
+            for text, prompt in zip(completions, prompts, strict=True):
+                stops.check()
+                found.append(self._reward(text, prompt))
+        return found
 
     def judge(self, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
         """Whether each completion's text is right: its reward is at least 1/2."""

@@ -18,6 +18,8 @@ from opsd_train.report.stack import stacked
 from opsd_train.report.worst import worst
 from opsd_train.watch.record import Accuracy, Evaluation, Run, load_run
 
+RESUME = "resume with --resume-from-checkpoint last"
+
 
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run folder, finished or not, and return its path.
@@ -36,6 +38,7 @@ def write_report(run_dir: str | Path) -> Path:
     settings = {"objective": run.info.get("objective"), **(run.info.get("config") or {})}
     page = environment.get_template("report.html.j2").render(
         title=run.info.get("name") or run.directory.resolve().name,
+        banner=banner(run),
         verdict=verdict(run),
         facts=_facts(run),
         problems=run.problems,
@@ -62,12 +65,27 @@ def _charts(run: Run) -> dict[str, list[charts.Chart]]:
     return found if times is None else {**found, "curves": [*found["curves"], times]}
 
 
+def banner(run: Run) -> str | None:
+    """How far a run came that is not finished, and why no further; None for one that is, or does not say."""
+    ended = run.info.get("ended", {"how": "finished"})
+    if ended is None:
+        step = max((row["step"] for row in run.metrics), default=0)
+        return f"At step {step:,} when this page was written. If the run was killed, {RESUME}."
+    if ended["how"] == "finished":
+        return None
+    place = f"after step {ended['step']:,}" + (f" of {ended['of']:,}" if ended.get("of") else "")
+    if ended["how"] == "stopped":
+        return f"Stopped by {ended['why']} {place}; {RESUME}."
+    return f"Failed {place}: {ended['why'].rstrip('.')}; {RESUME}."
+
+
 def verdict(run: Run) -> str:
     """One sentence: greedy accuracy before and after, with its 95 % confidence interval."""
     if not run.evaluations:
         losses = [row for row in run.metrics if math.isfinite(row.get("loss", math.nan))]
         if not losses:
-            return "Nothing has been measured yet."
+            over = (run.info.get("ended") or {}).get("how") == "finished"
+            return "The run is finished; nothing was measured." if over else "Nothing has been measured yet."
         start, end = (f"{row['loss']:.4g} at step {row['step']:,}" for row in (losses[0], losses[-1]))
         return f"Accuracy was not measured; the loss was {start}" + (
             "." if len(losses) == 1 else f" and {end}."

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 LEFT = re.compile(rf"{folders.TEMPORARY}{PREFIX_CHECKPOINT_DIR}-\d+(\.old)?")
+SUPERSEDED = "superseded-"
 POSITION = "position.json"
 FOREIGN = ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "pytorch_model.bin")
 
@@ -54,6 +55,11 @@ def newest_checkpoint(folder: str | os.PathLike[str] | None) -> str:
     if wrong:
         warnings.warn(f"checkpoints in {path} that are not whole: {', '.join(wrong)}; left out", stacklevel=2)
     return str(found[-1])
+
+
+def is_none_named(folder: str | os.PathLike[str] | None) -> bool:
+    """Whether a run's folder has no checkpoint at all, whole or damaged."""
+    return not _named(Path(folder or "."))
 
 
 def checkpoint_of(
@@ -95,6 +101,15 @@ def sweep(run: Path) -> None:
     for one in _left(run):
         if not one.name.endswith(".old") or complete(run):
             shutil.rmtree(one)
+
+
+def supersede(run: Path, step: int) -> list[Path]:
+    """Take the checkpoints after a step, from which a run goes on, out of the way; returns where they are.
+
+    They are kept under another name, so that the newest checkpoint is never one of an abandoned branch.
+    """
+    later = [one for one in _named(run) if int(NAME.fullmatch(one.name)[1]) > step]  # type: ignore[index]
+    return [folders.move(one, one.with_name(SUPERSEDED + one.name)) for one in later]
 
 
 def rotate(newest: Path, limit: int | None, best: Path | None) -> None:
@@ -156,8 +171,14 @@ class StepCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count from here."""
-        self.trainer.meter.restart()
+        """Count from here, on top of what a run took that goes on; what it abandons makes room."""
+        spent = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
+        self.trainer.meter.restart(spent[-1] if spent else 0.0)
+        if state.global_step:
+            state.compute_steps(args, state.max_steps)  # how often to log and save is this run's to say
+            self.trainer.engine_behind = True  # it may have been sent other weights, for an evaluation
+            run = Path(args.output_dir or ".")
+            self.trainer.ranks.first(lambda: supersede(run, state.global_step))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,12 +21,9 @@ from transformers.trainer_callback import ExportableState
 
 from opsd_train.rollouts import evaluating
 from opsd_train.safety.bad_step import BadStep
+from opsd_train.safety.keep import BadSteps
 from opsd_train.safety.zero import WatchedEngine
 from opsd_train.steps import Written
-
-
-class BadSteps(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that is not finite; their last batch was saved."""
 
 
 @dataclass
@@ -159,7 +156,11 @@ class FiniteSteps(Trainer):
         skipped = bad and not scaled and (of_norm or self.heard.loss_skips)
         self.skipped.judge(bad, skipped)
         if bad and self.skipped.in_a_row >= self.args.max_bad_steps:  # type: ignore[attr-defined]
-            self._end(model, norm)
+            try:
+                self._end(model, norm)
+            finally:  # it was not completed: a run that goes on from the step before comes to it again
+                self.skipped.total -= skipped
+                self.skipped.in_a_row -= 1
         if not self._engine_steps() and not scaled:
             self._hold(skipped)
 

@@ -109,6 +109,19 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def move(path: Path, to: Path) -> Path:
+    """Rename a file or folder; where the name is taken, to one with a number. Returns where it is."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    number, free = 1, to
+    while free.exists():
+        number += 1
+        free = to.with_name(f"{to.stem}.{number}{to.suffix}")
+    os.rename(path, free)
+    _sync_folder(path.parent)
+    _sync_folder(to.parent)
+    return free
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(one for one in folder.rglob("*") if one.is_file())
 

@@ -33,13 +33,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from opsd_train.safety.random_state import random_state, set_random_state
-from opsd_train.safety.zero_options import not_kept
+from opsd_train.engines.base import EngineError
+from opsd_train.safety.keep import BadSteps, LastStep
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ASK_EVERY = 1.0  # seconds between two looks into the store
+FAILED = 1 << 16  # what a rank says whose engine failed; above every signal
 
 
 class Stopped(Exception):
@@ -84,6 +84,7 @@ class _Watch:
         self.trainer = trainer
         self.signum: int | None = None  # received here, or heard of
         self.agreed: int | None = None  # that all ranks know of
+        self.failure = False  # of an engine, that all ranks know of
         self.deferrals = 0
         self._told, self._asked = False, 0.0
         # Not public, but the only channel between ranks on which nobody waits for anybody.
@@ -114,13 +115,22 @@ class _Watch:
                     self.signum, self._told = int(self._store.get(self.key)), True
         return self.signum
 
-    def agree(self) -> int | None:
-        """The signal that any rank received; every rank has to ask, and gets the same answer."""
-        found = self.heard() or 0
+    def agree(self, failed: bool = False) -> int | None:
+        """The signal that any rank received; every rank has to ask, and gets the same answer.
+
+        Args:
+            failed: this rank's engine did; then `failure` is set on all of them.
+        """
+        found = FAILED if failed else self.heard() or 0
         if self._many():
             found = self.most(found)
-        self.agreed = found or None
+        self.failure = found == FAILED
+        self.agreed = None if self.failure else found or None
         return self.agreed
+
+    def is_common(self, error: Exception) -> bool:
+        """Whether an error is one that all ranks have come to together."""
+        return self.failure or isinstance(error, BadSteps) or not self._many()
 
     def most(self, value: int) -> int:
         """The largest value of all ranks."""
@@ -156,6 +166,7 @@ def agreed() -> Iterator[None]:
 
     Raises:
         Stopped: on all ranks alike, before or afterwards.
+        EngineError: on all ranks alike, if it came up in one of them.
     """
     watch = _watch
     if watch is None or watch.deferrals:
@@ -163,9 +174,15 @@ def agreed() -> Iterator[None]:
         return
     if watch.agreed is not None:
         raise Stopped(watch.agreed)
-    with suppress(Stopped):  # the other ranks have to hear of it first
-        yield
-    signum = watch.agree()
+    failure: EngineError | None = None
+    try:
+        with suppress(Stopped):  # the other ranks have to hear of it first
+            yield
+    except EngineError as error:
+        failure = error
+    signum = watch.agree(failure is not None)
+    if watch.failure:
+        raise failure or EngineError("rollouts: the engine of another process failed, which says why")
     if signum is not None:
         raise Stopped(signum)
 
@@ -193,7 +210,7 @@ class StopRequested(StoppingCriteria):
 
 
 class StopCallback(TrainerCallback):
-    """Lets the ranks agree after micro-batches and steps, and remembers the end of the last complete step.
+    """Lets the ranks agree after micro-batches and steps.
 
     Args:
         watch: of the run.
@@ -201,14 +218,6 @@ class StopCallback(TrainerCallback):
 
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
-        self.random: dict[str, Any] | None = None  # after that step; None if this run completed none
-        self.loss: Tensor | None = None  # that it has not logged yet, while the next one adds to it
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The loss is that of whole steps for the last time."""
-        self.loss = self.watch.trainer._tr_loss.clone()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,7 +231,6 @@ class StopCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log and save a step that is complete, and end without an evaluation, which would take its time."""
-        self.random, self.loss = random_state(), None
         if self.watch.agree() is not None:
             control.should_log = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
@@ -239,6 +247,9 @@ class StopCallback(TrainerCallback):
 def watched(trainer: Trainer) -> Iterator[None]:
     """SIGTERM and SIGINT stop what is inside at the next safe point, and the last complete step is saved.
 
+    It is saved too when an engine fails or too many steps were not finite. An engine that failed outside of
+    `agreed`, in one of several processes, ends the run as it is: the others cannot take part.
+
     Handlers can be installed in the main thread alone; elsewhere this does nothing. The earlier ones are back
     afterwards.
 
@@ -247,6 +258,7 @@ def watched(trainer: Trainer) -> Iterator[None]:
 
     Raises:
         Stopped: on every rank, with the checkpoint.
+        EngineError, BadSteps: as they were raised, with a note that names the checkpoint.
         KeyboardInterrupt: at a second SIGINT.
     """
     global _watch
@@ -256,35 +268,25 @@ def watched(trainer: Trainer) -> Iterator[None]:
     if _watch is not None:
         raise RuntimeError("watched: expected one run at a time, got a second one inside the first")
     watch = _watch = _Watch(trainer)
-    callback = StopCallback(watch)
-    trainer.add_callback(callback)
+    last = LastStep(trainer)
+    callbacks: list[TrainerCallback] = [last, StopCallback(watch)]
+    for callback in callbacks:
+        trainer.add_callback(callback)
     before = {signum: signal.signal(signum, watch.receive) for signum in SIGNALS}
     try:
         yield
     except Stopped as stopped:
         with deferred():
-            stopped.step, stopped.checkpoint = _keep(trainer, watch, callback)
+            stopped.step, stopped.checkpoint = last.keep()
+        raise
+    except (EngineError, BadSteps) as error:  # the weights are still those of the last complete step
+        if watch.is_common(error):
+            with deferred():
+                last.keep_after(error)
         raise
     finally:
         _watch = None
-        trainer.remove_callback(callback)
+        for callback in callbacks:
+            trainer.remove_callback(callback)
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _keep(trainer: Trainer, watch: _Watch, last: StopCallback) -> tuple[int, Path | None]:
-    """Save the last complete step as if it had just ended, unless that was done; every rank is needed."""
-    step = trainer.state.global_step
-    if last.random is None:
-        return 0, None
-    plugin = trainer.args.deepspeed_plugin
-    if plugin is not None and not_kept(plugin) is not None:
-        return step, None
-    folder = Path(trainer.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    if watch.most(not folder.is_dir()):
-        set_random_state(last.random)
-        if last.loss is not None:
-            trainer._tr_loss.copy_(last.loss)
-        trainer._save_checkpoint(trainer.model, trial=None)  # type: ignore[arg-type]
-        trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-    return step, folder

@@ -21,6 +21,7 @@ CAPTION = (
     "95 % confidence intervals in brackets, Wilson's for the greedy accuracy, else by resampling problems. "
     "Sampled accuracy is pass@1; vs first: its difference from the first method's on the same problems."
 )
+LABEL = 20  # characters of a method's name or option that are not broken on a narrow terminal
 COLOURS = ("#0b5fa5", "#d9730d", "#2e8b3d", "#8e44ad", "#c0392b", "#7f6a00", "#138d90", "#555555")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPXh"
@@ -38,13 +39,17 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 def table(comparison: Comparison) -> Table:
     """A line per method."""
     headings, lines = _lines(comparison)
-    shown = Table(title=_title(comparison), caption=CAPTION, box=SIMPLE_HEAD)
-    for heading in headings:
-        shown.add_column(heading, overflow="fold")
-    for method, *cells in lines:  # narrow: an interval below its value, an option below its name
-        shown.add_row(
-            *map(escape, [method.replace(":", "\n:"), *(cell.replace(" (", "\n(") for cell in cells)])
+    shown = Table(title=_title(comparison), caption=CAPTION, box=SIMPLE_HEAD, padding=0)
+    # Narrow: an interval below its value, its end below its beginning, an option below its name.
+    labels = [method.replace(":", "\n:") for method, *_ in lines]
+    widest = max((len(part) for label in labels for part in label.split("\n")), default=0)
+    for at, heading in enumerate(headings):
+        shown.add_column(
+            heading.replace(" ", "\n"), overflow="fold", min_width=min(widest, LABEL) if at == 0 else None
         )
+    for label, (_, *cells) in zip(labels, lines, strict=True):
+        cells = [cell.replace(" (", "\n(").replace(" to ", ",\n") for cell in cells]
+        shown.add_row(*map(escape, [label, *cells]))
     return shown
 
 

@@ -23,6 +23,7 @@ from opsd_train.studies.diagnose import Candidate, Probe, choose, diagnose, obje
 from opsd_train.studies.given import Given, config_of, load_given
 from opsd_train.teachers.weights import Teacher
 from opsd_train.train import PACKAGES
+from opsd_train.watch.progress import doing
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def judge(request: Request, console: Console) -> Diagnosis:
         )
         for method, config, prompts in zip(methods, configs, contexts, strict=True)
     ]
-    with console.status(f"{len(contexts[0])} prompts, {request.rollouts} rollouts each"):
+    with doing(console, f"{len(contexts[0])} prompts, {request.rollouts} rollouts each"):
         return diagnose(_probe(request, configs[0], given), candidates)
 
 

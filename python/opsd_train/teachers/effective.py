@@ -1,7 +1,7 @@
 """A model's weights as they act: those of a LoRA model are W + s B A."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import PeftModel
@@ -22,7 +22,8 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
 def effective_weights(student: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight that training moves, with its name in the model without adapters.
 
-    Under FSDP2 they are sharded like the model's. Under ZeRO-3 each is whole until the next one is asked for.
+    Those with adapters are in fp32 at least, see `with_deltas`. Under FSDP2 they are sharded like the
+    model's. Under ZeRO-3 each is whole until the next one is asked for.
     """
     if not isinstance(student, PeftModel):
         for name, parameter in student.named_parameters():
@@ -38,9 +39,19 @@ def effective_weights(student: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
                 )
             with gathered(module.parameters()):  # type: ignore[attr-defined]
                 weight: torch.Tensor = module.get_base_layer().weight.data  # type: ignore[assignment]
-                for delta in _deltas(module):
-                    weight = weight + delta.to(weight.dtype)
-                yield f"{name}.weight", weight
+                yield f"{name}.weight", with_deltas(weight, _deltas(module))
+
+
+def with_deltas(weight: torch.Tensor, deltas: Iterable[torch.Tensor]) -> torch.Tensor:
+    """W + s B A in fp32 at least.
+
+    In bf16 it would mostly be W again: what an adapter adds is smaller than half a unit in W's last place.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(wide)
+    for delta in deltas:
+        total = total + delta.to(wide)
+    return total
 
 
 def _deltas(layer: LoraLayer) -> Iterator[torch.Tensor]:

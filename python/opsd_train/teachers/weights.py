@@ -16,7 +16,8 @@ from opsd_kernels import Hidden, LogLinear, TopK
 from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
-from opsd_train.sharding import is_main, part_of, reshard, whole
+from opsd_train.safety import stops
+from opsd_train.sharding import is_main, is_sharded, part_of, reshard, whole
 from opsd_train.teachers.effective import adapters_add, effective_weights, frozen_copy, require_lora_alone
 from opsd_train.teachers.rule import TeacherRule
 from opsd_train.teachers.served import ServedReader
@@ -91,7 +92,9 @@ class ServedTeacher(Teacher):
 
     def beside(self, student: Hidden | LogLinear, inputs: Mapping[str, torch.Tensor], length: int) -> TopK:
         """Its log-probs of the student's most likely tokens."""
-        return self.reader.read(student, inputs)
+        # A model that is sharded cannot be left, and then be saved, in the middle of its forward pass.
+        with stops.deferred() if is_sharded(self.model) else stops.agreed():
+            return self.reader.read(student, inputs)
 
 
 class AdapterOffTeacher(Teacher):

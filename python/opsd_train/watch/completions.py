@@ -113,5 +113,10 @@ def kept(folder: str | Path) -> list[Path]:
     return sorted((Path(folder) / FOLDER).glob("step-*.parquet"))
 
 
+def step_of(path: Path) -> int:
+    """The step of a file of completions, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def _encodable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")

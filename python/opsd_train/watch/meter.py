@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import psutil
 import torch
-from transformers import IntervalStrategy, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opsd_kernels import Masses, TokenStats
 from opsd_train.rollouts import Rollout
@@ -38,9 +39,9 @@ class Meter:
         self.start = self._begun = time.perf_counter()
         self._reset()
 
-    def restart(self) -> None:
-        """Training begins: what was counted before it does not count."""
-        self.start = time.perf_counter()
+    def restart(self, spent: float = 0.0) -> None:
+        """Training begins, after the seconds that its run has spent; nothing else before it counts."""
+        self.start = time.perf_counter() - spent
         self._reset()
 
     def begin_step(self) -> None:
@@ -175,4 +176,16 @@ def logs_next(args: TrainingArguments, state: TrainerState) -> bool:
     step = state.global_step + 1
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH
-    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+    first, last = step == 1 and args.logging_first_step, step >= state.max_steps
+    return step % state.logging_steps == 0 or first or last
+
+
+class LastStepCallback(TrainerCallback):
+    """Ends the last step in a line of metrics, whatever the steps between two lines are."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for the line."""
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True

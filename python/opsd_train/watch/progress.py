@@ -1,6 +1,7 @@
 """What a person sees while a run goes on, and the callback that writes the run folder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -36,6 +37,59 @@ class _Bar(Progress):
             yield Text(self.below, style="dim", overflow="ellipsis", no_wrap=True)
 
 
+def say(console: Console, text: str) -> None:
+    """A plain line, which is in a file or a pipe at once and unbroken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def doing(console: Console, text: str) -> Iterator[None]:
+    """Say what is done inside: a status that goes again in a terminal, a line elsewhere."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        say(console, f"{text} ...")
+        yield
+
+
+def make_progress(console: Console) -> "ProgressCallback | LineCallback":
+    """A bar for a terminal; lines for a file or a pipe, where a bar would show at its end alone."""
+    return ProgressCallback(console) if console.is_terminal else LineCallback(console)
+
+
+class LineCallback(TrainerCallback):
+    """A plain line per logged step and per evaluation, for output that nobody sees redrawn."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the newest metrics."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            spent = "{seconds:,.0f} s".format(seconds=logs.get("seconds", 0.0))
+            say(self.console, "  ".join([f"step {state.global_step}/{state.max_steps}", *shown(logs), spent]))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the accuracy."""
+        found = intervals(from_metrics(kwargs["metrics"], state.global_step))
+        told = "  ".join(f"{name} {interval(one)}" for name, one in found.items())
+        say(self.console, f"step {state.global_step}: held-out accuracy {told}")
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+def shown(logs: Mapping[str, float]) -> list[str]:
+    """What is told of a step's metrics, in words."""
+    return [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
+
+
 class ProgressCallback(TrainerCallback):
     """A progress bar with loss, KL divergence, entropy, speed, memory, and the seconds of a step by phase."""
 
@@ -67,10 +121,9 @@ class ProgressCallback(TrainerCallback):
         """Show the newest metrics."""
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
-            shown = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
             spent = [text.format(logs[key]) for key, text in TIMES.items() if logs.get(key, 0) >= 0.005]
             self.bar.below = f"s/step: {'  '.join(spent)}" if spent else ""
-            self.bar.update(self.task, description="  ".join(shown))
+            self.bar.update(self.task, description="  ".join(shown(logs)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,7 +5,8 @@
     rollouts.json      list of `RolloutRecord`
     run.json           one object: model, objective, configuration, versions
     completions/       Parquet, see `completions.py`
-    superseded.jsonl   what the record held of steps that a resumed run went through again
+    superseded.jsonl   what the record held of steps that a resumed run went through again; their completions
+                       are in superseded-completions/
 
 All of it is strict JSON: a number that is not finite is written as null and read back as NaN (as None inside
 an evaluation or a rollout). The three JSON files are replaced whole, so a reader sees the old or the new one;
@@ -21,11 +22,12 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from opsd_train.json_files import dumps, write_atomically
-from opsd_train.watch.completions import kept
+from opsd_train.safety.folders import move
+from opsd_train.watch.completions import kept, step_of
 
 METRICS, EVALUATIONS, ROLLOUTS, INFO = "metrics.jsonl", "evaluations.json", "rollouts.json", "run.json"
 FILES = (METRICS, EVALUATIONS, ROLLOUTS, INFO)
-SUPERSEDED = "superseded.jsonl"
+SUPERSEDED, SUPERSEDED_COMPLETIONS = "superseded.jsonl", "superseded-completions"
 
 
 class Accuracy(TypedDict):
@@ -142,34 +144,59 @@ class RunRecord:
         """Write run.json. A value that JSON has no form for (a path, a dtype) is written as its `str`."""
         write_atomically(self.directory / INFO, dumps(info, indent=1, default=str))
 
+    def exists(self) -> bool:
+        """Whether there is anything of a run yet."""
+        return any((self.directory / name).exists() for name in FILES)
+
     def rewind(self, step: int) -> None:
-        """Drop what came after `step`, from which a run goes on; it is appended to superseded.jsonl."""
-        problems: list[str] = []
-        dropped: list[dict[str, Any]] = []
-        lines = _read_metrics(self.directory / METRICS, problems)
-        dropped += [{"metrics": one} for one in lines if one["step"] > step]
-        if dropped:
-            kept = [dumps(one) + "\n" for one in lines if one["step"] <= step]
-            write_atomically(self.directory / METRICS, "".join(kept))
+        """Drop what came after `step`, from which a run goes on; it is kept in superseded.jsonl first.
+
+        Completions move to the folder superseded-completions. Raises ValueError, and changes nothing, if a
+        file cannot be read.
+        """
+        lines, unread = _read_metrics(self.directory / METRICS, []), _unread_metrics(self.directory / METRICS)
+        dropped: list[dict[str, Any]] = [{"metrics": one} for one in lines if one["step"] > step]
+        new: dict[str, str] = {}
+        if dropped or unread:
+            dropped += [{"unread": one} for one in unread]
+            new[METRICS] = "".join(dumps(one) + "\n" for one in lines if one["step"] <= step)
         for name in (EVALUATIONS, ROLLOUTS):
-            found = _read_list(self.directory / name, lambda item: "step" in item, problems)
+            found = self._entries(name)
             later = [one for one in found if one["step"] > step]
-            if later and not problems:
-                kept = [one for one in found if one["step"] <= step]
-                write_atomically(self.directory / name, dumps(kept))
+            if later:
                 dropped += [{Path(name).stem: one} for one in later]
-        if dropped:
-            with (self.directory / SUPERSEDED).open("a", encoding="utf-8") as file:
-                file.writelines(dumps(one) + "\n" for one in dropped)
+                new[name] = dumps([one for one in found if one["step"] <= step])
+        self._supersede(dropped)
+        for name, text in new.items():
+            write_atomically(self.directory / name, text)
+        for path in kept(self.directory):
+            if step_of(path) > step:
+                move(path, self.directory / SUPERSEDED_COMPLETIONS / path.name)
+
+    def _supersede(self, dropped: list[dict[str, Any]]) -> None:
+        """Append to what was superseded, and wait for the disk."""
+        if not dropped:
+            return
+        with (self.directory / SUPERSEDED).open("a+b") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            torn = file.read() not in (b"", b"\n")
+            file.write(b"\n" * torn)
+            file.writelines((dumps(one) + "\n").encode("utf-8", errors="replace") for one in dropped)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _extend(self, name: str, items: list[Any]) -> None:
         steps = {item["step"] for item in items}
+        kept = [item for item in self._entries(name) if item["step"] not in steps]
+        write_atomically(self.directory / name, dumps(sorted(kept + items, key=lambda item: item["step"])))
+
+    def _entries(self, name: str) -> list[Any]:
+        """What a list holds; ValueError if it cannot be read whole."""
         problems: list[str] = []
-        earlier = _read_list(self.directory / name, lambda item: "step" in item, problems)
+        found = _read_list(self.directory / name, lambda item: "step" in item, problems)
         if problems:  # writing the file anew would lose what a person may still want to rescue
             raise ValueError(f"directory: expected a readable run in {self.directory}; {problems[0]}")
-        kept = [item for item in earlier if item["step"] not in steps]
-        write_atomically(self.directory / name, dumps(sorted(kept + items, key=lambda item: item["step"])))
+        return found
 
     def _drop_torn_line(self) -> None:
         path = self.directory / METRICS
@@ -249,11 +276,24 @@ def _read_metrics(path: Path, problems: list[str]) -> list[dict[str, float]]:
     by_step: dict[int, dict[str, float]] = {}
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, TypeError, KeyError):
+        entry = _step_metrics(line)
+        if entry is None:
             problems.append(f"{path.name}: line {number} is not a step's metrics (cut off?); left out")
-            continue
-        by_step[step] = {key: math.nan if value is None else value for key, value in entry.items()}
+        else:
+            by_step[int(entry["step"])] = entry
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _unread_metrics(path: Path) -> list[str]:
+    """The lines that are not a step's metrics."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [line for line in lines if _step_metrics(line) is None]
+
+
+def _step_metrics(line: str) -> dict[str, float] | None:
+    try:
+        entry = json.loads(line)
+        int(entry["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    return {key: math.nan if value is None else value for key, value in entry.items()}
