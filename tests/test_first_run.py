@@ -73,7 +73,8 @@ def test_a_run_that_writes_to_a_file_says_a_line_per_logged_step(tmp_path: Path)
     trainer = tiny_trainer(tmp_path, max_steps=2, rollouts_recorded=1)
     run(trainer, {"name": "test", "model": "tiny"}, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[:2] == ["2 steps, cpu", f"step 0: evaluating {len(ROWS)} held-out problems ..."]
+    assert lines[0].startswith(f"accuracy on {len(ROWS)} held-out rows: ")
+    assert lines[2:4] == ["2 steps, cpu", f"step 0: evaluating {len(ROWS)} held-out problems ..."]
     for step, entry in zip((1, 2), load_run(tmp_path).metrics, strict=True):
         (line,) = [line for line in lines if line.startswith(f"step {step}/2")]
         assert f"loss {entry['loss']:.3f}  KL {entry['forward_kl']:.3f}" in line
