@@ -204,7 +204,7 @@ def test_without_a_model_the_texts_are_shown(tmp_path: Path) -> None:
     code, output = invoke(rows, "--use_cpu", "--context_template={prompt} Known: {privileged_context}")
     assert code == 0
     lines = [" ".join(line.split()) for line in output.splitlines()]
-    shown = [line for line in lines if line.startswith(("student", "teacher"))]
+    shown = [line for line in lines if line.startswith(("student ", "teacher "))]
     assert shown == [
         "student system Be [bold]brief.", "student user 1+1=",
         "teacher system Be [bold]brief.", "teacher user 1+1= Known: It is 2.",
@@ -214,4 +214,4 @@ def test_without_a_model_the_texts_are_shown(tmp_path: Path) -> None:
     rows.write_text(json.dumps(records[1]) + "\n")
     code, output = invoke(rows, "--use_cpu", "--rows", "0")
     assert "1 row would be trained on" in output
-    assert "texts" not in output
+    assert ", texts" not in output

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 from driver_tiny import tiny_model, tiny_trainer
 from opsd_train.backbone import causal_lm, check_head, completion_hidden, head_source, logits
 from opsd_train.loading import with_lora
-from opsd_train.rollouts import collate
+from opsd_train.rollouts import Rollout, collate
 from opsd_train.trainer import OPSDTrainer
 
 SMALL_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} | dict.fromkeys(
@@ -41,10 +42,12 @@ def rolled_out(trainer: OPSDTrainer) -> dict[str, torch.Tensor]:
     return collate(rollouts, trainer.vocabulary.pad_id)
 
 
-def naive_loss(student: torch.nn.Module, teacher: torch.nn.Module, trainer: OPSDTrainer) -> torch.Tensor:
-    """Forward KL of full logits, one unpadded sequence at a time, in the models' dtype, summed in fp64."""
+def naive_loss(
+    student: torch.nn.Module, teacher: torch.nn.Module, rollouts: Sequence[Rollout]
+) -> torch.Tensor:
+    """Forward KL from the full logits of one unpadded sequence at a time, in the models' own dtype."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for rollout in trainer.roll_out(trainer.prompts, trainer.sampling, (0, 0)):
+    for rollout in rollouts:
         sides = []
         for model, prompt in ((student, rollout.prompt.student_ids), (teacher, rollout.prompt.teacher_ids)):
             z = model(torch.tensor([prompt + rollout.completion])).logits[0]
@@ -61,7 +64,7 @@ def test_loss_and_gradient_are_the_definition_s(tmp_path: Path, name: str) -> No
     trainer = tiny_trainer(tmp_path, tiny_model(kind=kind, **settings))
     batch = rolled_out(trainer)
     twin = tiny_model(kind=kind, **settings).double().eval()
-    expected = naive_loss(twin, twin, trainer)
+    expected = naive_loss(twin, twin, trainer.roll_out(trainer.prompts, trainer.sampling, (0, 0)))
     expected.backward()
 
     loss = trainer.compute_loss(
@@ -194,12 +197,13 @@ def test_bf16_is_as_near_to_fp64_as_the_definition_in_bf16(tmp_path: Path, how: 
     for seed in range(4):
         model = tiny_model(seed).bfloat16() if how == "weights" else tiny_model(seed)
         trainer = tiny_trainer(tmp_path, copy.deepcopy(model), max_steps=1, bf16=how == "autocast")
-        batch = rolled_out(trainer)
+        rollouts = trainer.roll_out(trainer.prompts, trainer.sampling, (0, 0))
+        batch = collate(rollouts, trainer.vocabulary.pad_id)
         twin = copy.deepcopy(model).double().eval()
         with torch.no_grad():
-            expected = naive_loss(twin, twin, trainer).item()
+            expected = naive_loss(twin, twin, rollouts).item()
             with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-                eager = naive_loss(model.eval(), model, trainer).item()
+                eager = naive_loss(model.eval(), model, rollouts).item()
             tokens = int(batch["completion_mask"].sum())
             with trainer.compute_loss_context_manager():
                 found = trainer.compute_loss(trainer.student, batch, num_items_in_batch=tokens).item()

@@ -97,14 +97,9 @@ def test_context_templates_without_a_method_are_refused(tmp_path: Path) -> None:
 def test_demo_has_templates_of_contexts_with_a_method_alone() -> None:
     assert demo_presets(["--max_steps=3"]) == [PRESET]
     assert demo_presets(["--seed=1", "--method", "opsd"]) == demo_presets(["--method=opsd"])
-    found = [
-        parse([OPSDConfig], demo_presets(words), [*words, "--output_dir=x"])[0]
-        for words in ([], ["--method=opsd"])
-    ]
-    assert [sorted(config.context_templates or ()) for config in found] == [
-        [],
-        ["answer_only", "full_solution", "sibling", "wrong_answer"],
-    ]
+    for words, templates in ([], 0), (["--method=opsd"], 4):
+        (config,) = parse([OPSDConfig], demo_presets(words), [*words, "--output_dir=x"])
+        assert len(config.context_templates or ()) == templates
 
 
 def test_presets_are_listed_with_their_sources() -> None:
