@@ -13,6 +13,7 @@ from rich.table import Table
 from opsd_train.backbone import check_head, check_positions
 from opsd_train.config import OPSDConfig
 from opsd_train.demo import task
+from opsd_train.description import PACKAGES
 from opsd_train.evaluation.passk import Interval
 from opsd_train.json_files import dumps, write_atomically
 from opsd_train.reading.prompts import Prompt
@@ -22,7 +23,6 @@ from opsd_train.studies.compare import Method, parse_methods
 from opsd_train.studies.diagnose import Candidate, Probe, choose, diagnose, objective_loss
 from opsd_train.studies.given import Given, config_of, load_given
 from opsd_train.teachers.weights import Teacher
-from opsd_train.train import PACKAGES
 from opsd_train.watch.progress import doing
 
 
