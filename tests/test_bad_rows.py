@@ -43,7 +43,7 @@ BAD = {
     "over the student's budget": (line(problem="1" * 30 + "=", solution="3"), "the student's has 33 tokens"),
     "over the teacher's budget": (line(problem="1=", solution="3" * 40), "the teacher's 45"),
     "over the model's positions": (line(problem="1=", solution="3" * 34), "with a completion of 6 (max_comp"),
-    "not in the vocabulary": (line(problem="one", solution="3"), "student_template: expected text that the tok"),
+    "not in the vocabulary": (line(problem="one", solution="3"), "student_template: expected text that"),
 }
 
 

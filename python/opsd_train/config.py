@@ -9,8 +9,9 @@ from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
 from opsd_train.engines.config import EngineConfig
+from opsd_train.fields import option
 from opsd_train.inherited import check_inherited
-from opsd_train.method_config import MethodConfig, option
+from opsd_train.method_config import MethodConfig
 from opsd_train.objectives import objective, objectives
 from opsd_train.pieces.config import PiecesConfig
 from opsd_train.reading import prompts

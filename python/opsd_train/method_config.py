@@ -1,23 +1,16 @@
 """The part of a run's configuration that concerns methods of the literature."""
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from opsd_kernels import get_method
 from opsd_train.evaluation.verify import Verifier, imported
+from opsd_train.fields import json_object, option
 from opsd_train.method import MethodRun, make_roles
 from opsd_train.pieces.horizon import horizon
 from opsd_train.reading.contexts import Context, context
 from opsd_train.reading.prompts import Encoder
 from opsd_train.reading.roles import Roles
-
-T = TypeVar("T")
-
-
-def option(default: T, help: str) -> T:
-    """A field with the text that `opsd options` shows."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -187,14 +180,3 @@ class MethodConfig:
                 "context_templates: without --method, the teacher's text is set by --teacher-template "
                 "(problem and solution) or --context-template (prompt and privileged_context)"
             )
-
-
-def json_object(name: str, value: Any) -> dict[str, Any]:
-    """A JSON object from text or as it is; ValueError for anything else."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON object, got {value!r}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {value!r}")
-    return found

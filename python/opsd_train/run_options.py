@@ -7,7 +7,7 @@ from opsd_train.data.generated import HELD_OUT_SEED
 from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.data.rows import Reading
 from opsd_train.data.sources import Choice
-from opsd_train.method_config import json_object, option
+from opsd_train.fields import json_object, option
 
 
 @dataclass

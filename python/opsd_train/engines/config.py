@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from opsd_train.engines.server_config import ServerConfig
 from opsd_train.engines.table import ENGINES
-from opsd_train.method_config import option
+from opsd_train.fields import option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

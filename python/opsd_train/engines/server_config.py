@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from opsd_train.engines.patience import Patience
-from opsd_train.method_config import option
+from opsd_train.fields import option
 
 SYNCS = ("disk", "nccl", "lora")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from opsd_train.method_config import json_object, option
+from opsd_train.fields import json_object, option
 from opsd_train.pieces.exposure import ExposureSettings
 from opsd_train.pieces.horizon import Counting, Turns
 from opsd_train.pieces.private_run import PrivateSettings

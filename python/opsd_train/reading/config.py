@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opsd_train.method_config import json_object, option
+from opsd_train.fields import json_object, option
 from opsd_train.reading.thinking import SWITCH
 
 

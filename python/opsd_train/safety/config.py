@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opsd_train.method_config import option
+from opsd_train.fields import option
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from opsd_kernels import Objective, Support
 from opsd_train.engines.patience import Patience
-from opsd_train.method_config import option
+from opsd_train.fields import option
 from opsd_train.teachers.served import SCORES, ServedRule
 
 

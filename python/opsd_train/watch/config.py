@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsd_train.evaluation.verify import Verifier
-from opsd_train.method_config import option
+from opsd_train.fields import option
 
 
 @dataclass
