@@ -231,6 +231,17 @@ class AtomicCheckpoints(Ordered):
             self.pieces.load(checkpoint)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, Any]:
+        """Wrap the model; one in DeepSpeed's engine goes on from a checkpoint here."""
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return found
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
