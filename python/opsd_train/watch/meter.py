@@ -176,7 +176,7 @@ def logs_next(args: TrainingArguments, state: TrainerState) -> bool:
     step = state.global_step + 1
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH
-    first, last = step == 1 and args.logging_first_step, step >= state.max_steps
+    first, last = step == 1 and args.logging_first_step, 0 < state.max_steps <= step
     return step % state.logging_steps == 0 or first or last
 
 
