@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedEngineWrapper
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper  # not in utils itself without DeepSpeed
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
