@@ -22,7 +22,15 @@ class Divergence:
     @property
     def uses_mixture(self) -> bool:
         """Whether any expression needs rs or rt, which cost a logarithm per entry."""
-        return any(re.search(r"\b(rs|rt)\b", source) for source in (self.value, self.slack, self.weight))
+        return self._reads("rs|rt")
+
+    @property
+    def uses_beta(self) -> bool:
+        """Whether the objective's parameter matters."""
+        return self._reads("rs|rt|beta")
+
+    def _reads(self, letters: str) -> bool:
+        return any(re.search(rf"\b({letters})\b", source) for source in (self.value, self.slack, self.weight))
 
 
 def table() -> dict[str, Divergence]:

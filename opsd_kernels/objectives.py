@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from opsd_kernels import divergences
 
 CLIP_MODES = ("zero", "scale")
+DEFAULT_BETA = 0.5
 OWNERS = ("student", "teacher", "union", "intersection", "given")
 RESTS = ("tail", "renormalise", "drop", "renormalise_teacher")
 # Where a divergence is one: at the ends that are left out it vanishes, or its formula is 0 / 0.
@@ -66,7 +67,8 @@ class Objective:
             (the code of DistiLLM-2, arXiv 2503.07067); `"total_variation"` is sum_v |s_v - t_v| / 2;
             `"alpha"` is Amari's (1 - sum_v t_v^beta s_v^(1 - beta)) / (beta (1 - beta)); `"mixed"` is
             beta KL(s || t) + (1 - beta) KL(t || s).
-        beta: the teacher's share of m, or the weight that the formula names, in [0, 1]. As in GKD (arXiv
+        beta: the teacher's share of m, or the weight that the formula names, in [0, 1]; of a divergence
+            whose formula has none anything but the default is refused. As in GKD (arXiv
             2306.13649) and OPSD, a JSD at 0 stands for forward KL and at 1 for reverse KL, where the formula
             itself would vanish. DistiLLM's alpha is the share of the first distribution: beta for
             `"skew_forward"`, in [0, 1) and forward KL at 0; 1 - beta for `"skew_reverse"`, in (0, 1] and
@@ -82,7 +84,7 @@ class Objective:
     """
 
     divergence: str = "forward_kl"
-    beta: float = 0.5
+    beta: float = DEFAULT_BETA
     entry_clip: float | None = None
     clip_mode: str = "zero"
     token_clip: float | None = None
@@ -93,6 +95,10 @@ class Objective:
             known = ", ".join(divergences.table())
             hint = "" if self.divergence not in _NAMED else f" (write {_NAMED[self.divergence]!r})"
             raise ValueError(f"divergence: expected one of {known}; got {self.divergence!r}{hint}")
+        if self.beta != DEFAULT_BETA and not divergences.table()[self.divergence].uses_beta:
+            raise ValueError(
+                f"beta: expected none for {self.divergence}, whose formula has no beta; got {self.beta!r}"
+            )
         interval = BETAS.get(self.divergence, "[0, 1]")
         if not _is_number(self.beta) or not _contains(interval, self.beta):
             raise ValueError(f"beta: expected a number in {interval}; got {self.beta!r}")
@@ -125,10 +131,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_NAMED = {
-    "forward_kl": Objective("forward_kl"),
-    "reverse_kl": Objective("reverse_kl"),
-    "jsd": Objective("jsd", beta=0.5),
+# Every divergence by itself, at beta = 1/2 where its formula has one.
+_NAMED = {name: Objective(name) for name in divergences.table()} | {
     "opsd": Objective("forward_kl", entry_clip=0.05),
 }
 
@@ -146,7 +150,5 @@ def get_objective(objective: object) -> Objective:
         return _NAMED[objective]
     close = difflib.get_close_matches(str(objective), _NAMED, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    if isinstance(objective, str) and objective in divergences.table():
-        hint = f" (write Objective({objective!r}))"
     expected = f"an Objective or one of {', '.join(_NAMED)}"
     raise ValueError(f"objective: expected {expected}; got {objective!r}{hint}")

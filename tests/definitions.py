@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels import Hidden, Logits, LogLinear, Mixture, Objective, Support, get_objective, loss
+from opsd_kernels import (
+    Hidden,
+    Logits,
+    LogLinear,
+    Mixture,
+    Objective,
+    Support,
+    divergences,
+    get_objective,
+    loss,
+)
 from opsd_kernels.testing import Case, Outcome, assert_accurate, evaluate
 
 INF = math.inf
@@ -62,9 +72,10 @@ def _per_token(factor: float | Tensor, keep: Tensor, dtype: torch.dtype) -> floa
 
 
 def objective_of(divergence: str, beta: float, **options: Any) -> Objective:
-    """The objective; with a beta of 1/2 where the divergence is not defined at that end."""
+    """The objective; with a beta of 1/2 where the formula has none or is not defined at that end."""
     undefined = {"skew_forward": (1,), "skew_reverse": (0,), "skew_reverse_sg": (0,), "alpha": (0, 1)}
-    return Objective(divergence, 0.5 if beta in undefined.get(divergence, ()) else beta, **options)
+    fixed = beta in undefined.get(divergence, ()) or not divergences.table()[divergence].uses_beta
+    return Objective(divergence, 0.5 if fixed else beta, **options)
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:

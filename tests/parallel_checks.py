@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from definitions import objective_of
 from opsd_kernels import (
     Hidden,
     Logits,
@@ -53,7 +54,7 @@ def _masked(case: Case, **options: Any) -> Case:
 
 @check
 def every_divergence_and_clip(ranks: Ranks) -> None:
-    objectives = [Objective(name, beta=0.3) for name in divergences.table()] + list(CLIPPED)
+    objectives = [objective_of(name, beta=0.3) for name in divergences.table()] + list(CLIPPED)
     for number, objective in enumerate(objectives):
         reduction = ("mean", "none", "sum")[number % 3]
         for dtype in (torch.float32, torch.bfloat16):

@@ -124,6 +124,11 @@ OBJECTIVES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "divergence": (lambda: Objective("kl"), ("divergence", "forward_kl", "'kl'")),
     "beta above 1": (lambda: Objective("jsd", beta=1.1), ("beta", "[0, 1]", "1.1")),
     "beta below 0": (lambda: Objective("jsd", beta=-0.1), ("beta", "[0, 1]", "-0.1")),
+    "beta of a formula without": (lambda: Objective("forward_kl", 0.3), ("beta", "forward_kl", "got 0.3")),
+    "beta of total variation": (
+        lambda: Objective("total_variation", 1),
+        ("beta", "total_variation, whose formula has no beta", "got 1"),
+    ),
     "NaN beta": (lambda: Objective("jsd", beta=float("nan")), ("beta", "[0, 1]", "nan")),
     "beta is text": (lambda: Objective("jsd", beta="x"), ("beta", "[0, 1]", "'x'")),  # type: ignore[arg-type]
     "skew forward KL to the teacher itself": (

@@ -27,7 +27,7 @@ objectives = st.builds(
     clip_mode=st.sampled_from(["zero", "scale"]),
     token_clip=st.sampled_from([None, None, 0.1]),
 )
-smooth = st.builds(Objective, st.sampled_from(list(table())), beta=st.sampled_from([0.1, 0.5, 0.7]))
+smooth = st.builds(objective_of, st.sampled_from(list(table())), beta=st.sampled_from([0.1, 0.5, 0.7]))
 temperatures = st.sampled_from([0.5, 1.0, 1.7])
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from definitions import exactly
+from definitions import exactly, objective_of
 from opsd_kernels import Logits, Objective, Support, loss
 from opsd_kernels.divergences import table
 from opsd_kernels.objectives import OWNERS, RESTS
@@ -87,7 +87,7 @@ def test_peaked_rows(drop: float, of: str, divergence: str) -> None:
     z_s[:, :K] += drop + 3 + torch.arange(K)
     z_t[:, :K] += drop + 3 - torch.arange(K) / 3
     z_s, z_t = z_s.float(), z_t.float()
-    objective = Objective(divergence, beta=0.4, support=Support(K, of, "tail"))
+    objective = objective_of(divergence, beta=0.4, support=Support(K, of, "tail"))
     case = Case(Logits(z_s), Logits(z_t), {"objective": objective})
     actual, expected = _tokens(case, torch.float32), exactly(case.having(reduction="none"), torch.ones(N))
     torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=2e-6, atol=1e-7)
@@ -192,7 +192,7 @@ def test_ties(divergence: str, rest: str, backend: str) -> None:
 
 clips = st.sampled_from([None, 0.02, 0.3])
 objectives = st.builds(
-    Objective,
+    objective_of,
     st.sampled_from(DIVERGENCES),
     beta=st.sampled_from([0.2, 0.5, 0.9]),
     entry_clip=clips,

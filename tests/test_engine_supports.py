@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from definitions import assert_as_defined, clipped, entry_terms, exactly, log_probs
+from definitions import assert_as_defined, clipped, entry_terms, exactly, log_probs, objective_of
 from opsd_kernels import Mixture, Objective, Routed, Support, loss, loss_and_stats
 from opsd_kernels.divergences import table
 from opsd_kernels.objectives import OWNERS, RESTS
@@ -54,7 +54,7 @@ def test_value_and_gradient(of: str, rest: str, divergence: str) -> None:
     """With every clip, in fp64, where no rounding hides a wrong formula; several chunks of rows."""
     whole = hidden_case(LEAD, V, H, bias=True, softcap=9.0)
     for clip in CLIPS:
-        objective = Objective(divergence, beta=0.3, support=_support(of, rest), **clip)
+        objective = objective_of(divergence, beta=0.3, support=_support(of, rest), **clip)
         case = whole.having(**_options(objective, temperature=1.3, mask=MASK, token_weight=WEIGHTS))
         for reduction, backend in (("mean", "torch"), ("none", "torch"), ("sum", "reference")):
             _assert_exact(case.having(reduction=reduction, workspace_bytes=2 * 4 * V * 8), backend)
@@ -68,7 +68,7 @@ def test_fp32(of: str, rest: str, divergence: str) -> None:
     ids = torch.randint(-1, vocab, (rows, 9), generator=torch.Generator().manual_seed(5))
     whole = hidden_case(rows, vocab, 48, bias=True).to(torch.float32)
     for reduction, clip in (("mean", CLIPS[0]), ("none", CLIPS[-1])):
-        objective = Objective(divergence, beta=0.3, support=_support(of, rest), **clip)
+        objective = objective_of(divergence, beta=0.3, support=_support(of, rest), **clip)
         options = {"support_ids": ids} if of == "given" else {}
         assert_as_defined(whole.having(objective=objective, reduction=reduction, **options))
 
@@ -95,7 +95,7 @@ def _triton(case: Case, tokens: int) -> None:
 def test_triton(of: str, rest: str) -> None:
     number = OWNERS.index(of) + RESTS.index(rest)
     divergence, clip = DIVERGENCES[number % len(DIVERGENCES)], CLIPS[number % 5]
-    objective = Objective(divergence, beta=0.3, support=_support(of, rest), **clip)
+    objective = objective_of(divergence, beta=0.3, support=_support(of, rest), **clip)
     few = torch.arange(N).reshape(LEAD) % 5 == 2
     case = hidden_case(LEAD, V, H, bias=True, softcap=12.0).to(torch.float32)
     reduction = ("mean", "none")[number % 2]

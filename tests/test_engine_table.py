@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from definitions import objective_of, token_losses
 from opsd_kernels import Logits, Objective, divergences, loss, named_objectives
 from opsd_kernels.divergences import LETTERS, TABLE, table
 
@@ -133,7 +134,7 @@ def test_every_divergence_has_a_definition_in_the_reference(name: str) -> None:
     """And the table's three expressions fit it: value - slack is the term, weight its derivative."""
     generator = torch.Generator().manual_seed(0)
     z_s, z_t = torch.randn(2, 40, 23, generator=generator, dtype=torch.float64) * 2
-    objective = Objective(name, beta=0.3)
+    objective = objective_of(name, beta=0.3)
     leaf = z_s.requires_grad_()
     token = loss(Logits(leaf), Logits(z_t), objective=objective, reduction="none", backend="reference")
     token.sum().backward()
@@ -190,8 +191,14 @@ def test_the_table_is_cplusplus_too(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert list(named_objectives()) == ["forward_kl", "reverse_kl", "jsd", "opsd"]
+    assert list(named_objectives()) == [*divergences.table(), "opsd"]
+    assert all(named_objectives()[name] == Objective(name, 0.5) for name in divergences.table())
     assert named_objectives()["opsd"] == Objective("forward_kl", entry_clip=0.05, clip_mode="zero")
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 6)
+    s, t = x.sin().log_softmax(-1), (3 * x).cos().log_softmax(-1)
+    for name in divergences.table():
+        by_name = loss(Logits(s), Logits(t), objective=name)
+        torch.testing.assert_close(by_name, token_losses(s, t, Objective(name, 0.5)).mean())
     named_objectives().clear()
     assert named_objectives(), "a copy: nobody can edit the registry through it"
 

@@ -23,7 +23,7 @@ from opsd_kernels.engine import supports
 from opsd_kernels.engine.rows import GradientForm
 
 OBJECTIVES = {
-    **named_objectives(),
+    **{name: named_objectives()[name] for name in ("forward_kl", "reverse_kl", "jsd", "opsd")},
     "reverse_kl_sg": Objective("reverse_kl_sg"),
     "jsd 0 (forward KL)": Objective("jsd", beta=0.0),
     "jsd 1 (reverse KL)": Objective("jsd", beta=1.0),

@@ -61,7 +61,7 @@ def _mode(
         divergence, of, rest = _OF_ENTRIES[name]
         return [(Objective(divergence, support=Support(k, of, rest)), 1.0, ())]
     if name in _WHOLE:
-        return [(Objective(_WHOLE[name], beta), 1.0, ())]
+        return [(Objective("jsd", beta) if name == "jsd" else Objective(_WHOLE[name]), 1.0, ())]
     if name in _SAMPLED:
         return [(Estimator(_SAMPLED[name]), 1.0, ())]
     if name == "wiener":

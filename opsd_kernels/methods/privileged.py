@@ -1,5 +1,7 @@
 """Self-distillation from privileged information: the teacher has read the solution, or part of it."""
 
+from dataclasses import replace
+
 from opsd_kernels.methods.registry import method
 from opsd_kernels.methods.terms import grpo
 from opsd_kernels.objectives import Objective, Support
@@ -23,8 +25,9 @@ def opsd(
     if sampled:
         return Recipe((Term(Estimator("k1")),))
     support = None if top_k is None else Support(top_k, "teacher", "renormalise")
-    divergence = "jsd" if beta else "forward_kl"
-    return Recipe((Term(Objective(divergence, beta, entry_clip, clip_mode, support=support)),))
+    whole = Objective("jsd", beta) if beta else Objective("forward_kl")
+    loss = replace(whole, entry_clip=entry_clip, clip_mode=clip_mode, support=support)
+    return Recipe((Term(loss),))
 
 
 @method(

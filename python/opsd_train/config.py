@@ -8,11 +8,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 import opsd_kernels
+from opsd_kernels import named_objectives
 from opsd_train.engines.config import EngineConfig
 from opsd_train.fields import option
 from opsd_train.inherited import check_inherited
 from opsd_train.method_config import MethodConfig
-from opsd_train.objectives import objective, objectives
+from opsd_train.objectives import objective
 from opsd_train.pieces.config import PiecesConfig
 from opsd_train.reading import prompts
 from opsd_train.reading.config import ThinkingConfig
@@ -42,7 +43,7 @@ class OPSDConfig(
 
     # What is minimised
     objective: str = option(
-        "forward_kl", "Divergence by name: " + ", ".join(objectives()) + "; methods are --method."
+        "forward_kl", "Divergence by name: " + ", ".join(named_objectives()) + "; methods are --method."
     )
     beta: float | None = option(
         None,

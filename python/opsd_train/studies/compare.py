@@ -18,11 +18,10 @@ import yaml
 from rich.console import Console
 
 import opsd_kernels
-from opsd_kernels import methods
+from opsd_kernels import methods, named_objectives
 from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.commands.options import check_known
 from opsd_train.config import OPSDConfig
-from opsd_train.objectives import objectives
 from opsd_train.rollouts import Rollout, collate, evaluating
 from opsd_train.train import run
 from opsd_train.trainer import OPSDTrainer
@@ -129,7 +128,7 @@ def to_arguments(name: str, options: Sequence[str]) -> tuple[str, ...]:
 
     Raises ValueError for a name that is none, or an option that neither the method nor a run has.
     """
-    named = objectives()
+    named = named_objectives()
     if name not in named and name not in methods.names():
         close = difflib.get_close_matches(name.lower(), [*named, *methods.names()], n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
