@@ -11,8 +11,9 @@ from opsd_train.data import quarantine
 from opsd_train.data.quarantine import BAD_ROWS, Quarantine
 from opsd_train.data.rows import Reading, load_rows
 from opsd_train.reading.prompts import Encoder, Templates
+from opsd_train.run_folder import check_output
 from opsd_train.run_options import RunOptions
-from opsd_train.train import check_output, run, train
+from opsd_train.train import run, train
 
 TEMPLATES = Templates("{problem}", "{solution};{problem}", "{privileged_context};{prompt}")
 GOOD = b'{"problem": "1+2=", "solution": "3"}'

@@ -12,7 +12,7 @@ from fake_vllm_server import FakeServer
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.launch import ChildServer
 from opsd_train.engines.place import place_of
-from opsd_train.train import check_output
+from opsd_train.run_folder import check_output
 from server_engines import make
 
 KILLED = """

@@ -15,12 +15,13 @@ from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.hf import HFEngine
 from opsd_train.report.page import banner, write_report
+from opsd_train.run_folder import Existing, check_output
 from opsd_train.run_options import RunOptions
 from opsd_train.safety import stops
 from opsd_train.safety.checkpoints import newest_checkpoint
 from opsd_train.safety.keep import BadSteps
 from opsd_train.safety.lock import LOCK, FolderLock
-from opsd_train.train import Existing, check_output, run, train
+from opsd_train.train import run, train
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch.record import load_run
 from poison import poison

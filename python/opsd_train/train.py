@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,42 +20,40 @@ from transformers import (
 from opsd_kernels import get_method
 from opsd_train.backbone import positions_of
 from opsd_train.config import OPSDConfig
-from opsd_train.data.quarantine import BAD_ROWS, Refuse, stop
+from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.data.rows import Row
 from opsd_train.data.rows import load as load_rows
 from opsd_train.data.sampler import short_steps
 from opsd_train.description import describe
-from opsd_train.engines.launch import LOG
-from opsd_train.engines.place import FOLDER
 from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load, with_lora
 from opsd_train.reading.prompts import Encoder
 from opsd_train.report.page import write_report
+from opsd_train.run_folder import MODEL, Existing, check_begun, check_output
 from opsd_train.run_options import RunOptions
 from opsd_train.safety import stops
 from opsd_train.safety.checkpoints import is_none_named, newest_checkpoint, supersede
-from opsd_train.safety.lock import LOCK, FolderLock
+from opsd_train.safety.lock import FolderLock
 from opsd_train.trainer import OPSDTrainer
-from opsd_train.watch import record, trackers
+from opsd_train.watch import trackers
 from opsd_train.watch.inspection import inspect_rollouts
 from opsd_train.watch.journal import Journal
 from opsd_train.watch.meter import peak_memory_gb
 from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, make_progress, say
 from opsd_train.watch.record import RunRecord, load_run
 
-Existing = Literal["error", "replace", "resume"]
-LEFT = (BAD_ROWS, LOG, FOLDER, LOCK)  # what a run may leave that ended before it began
-
 
 def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
     """Load what `opsd train` was given. Raises ValueError for anything that is wrong with it."""
     with ExitStack() as mistaken:
-        lock = None
+        lock, existing = None, _existing(config)
+        check_output(config.output_dir, existing)
         if config.process_index == 0:
             lock = mistaken.enter_context(FolderLock(config.output_dir or "."))
-        check_output(config.output_dir, "resume" if config.resume_from_checkpoint else "error")
+            check_output(config.output_dir, existing)  # another run may have been quicker
         if config.resume_from_checkpoint and last_checkpoint(config) is None:
+            check_begun(config.output_dir)
             console.print(
                 f"no checkpoint in {config.output_dir}: beginning at step 0", highlight=False, markup=False
             )
@@ -63,6 +61,14 @@ def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrai
         trainer.lock = lock  # until the run ends
         mistaken.pop_all()
     return trainer
+
+
+def _existing(config: OPSDConfig) -> Existing:
+    """What may be in the output folder: the run that goes on, if its own checkpoint is where it does."""
+    named, folder = config.resume_from_checkpoint, Path(config.output_dir or ".")
+    if named is None:
+        return "error"
+    return "resume" if named == "last" or Path(named).resolve().parent == folder.resolve() else "error"
 
 
 def _prepare(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
@@ -147,7 +153,7 @@ def run(
         try:
             with stops.watched(trainer):
                 _train(trainer, journal, console)
-                trainer.save_model(folder / "model")
+                trainer.save_model(folder / MODEL)
         except BaseException as error:
             if journal is not None:
                 with suppress(OSError):  # a disk that is full hides no error
@@ -239,21 +245,6 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
         seen = inspect_rollouts(trainer, watched[: trainer.config.rollouts_recorded])
         if written is not None:
             written.add_rollouts(seen)
-
-
-def check_output(folder: str | Path | None, existing: Existing) -> None:
-    """Raise ValueError for a folder that holds something else, or a run that is to be kept."""
-    path = Path(folder or ".")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {path}")
-    held = sorted(entry.name for entry in path.iterdir() if entry.name not in LEFT) if path.is_dir() else []
-    is_run = any(name in held for name in record.FILES)
-    if held and not is_run:
-        raise ValueError(f"out: expected an empty folder or a run, but {path} holds {', '.join(held[:3])}")
-    if is_run and existing == "error":
-        raise ValueError(
-            f"out: {path} holds a run; choose another folder, or go on with --resume-from-checkpoint last"
-        )
 
 
 def last_checkpoint(config: OPSDConfig) -> str | None:

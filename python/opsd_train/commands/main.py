@@ -42,7 +42,8 @@ def demo(
     given = [f"--max_steps={steps}", f"--seed={seed}", f"--output_dir={out}", *context.args]
     with early_ends(), user_errors():
         trainer = demo_run.demo(given, console)
-    about = {"name": "opsd demo", "model": "the demo's model, on three-digit addition"}
+    command, task = "opsd demo", "the demo's model, on three-digit addition"
+    about = {"command": command, "name": command, "model": task}
     with early_ends():
         _say(run(trainer, about, console, existing="replace"))
 
@@ -89,7 +90,8 @@ def train(
         )
         trainer = prepare(options, settings, console)
     existing: Literal["resume", "error"] = "resume" if settings.resume_from_checkpoint else "error"
-    about = {"name": Path(settings.output_dir).name, "model": options.model, "options": asdict(options)}
+    about = {"command": "opsd train", "name": Path(settings.output_dir).name, "model": options.model}
+    about["options"] = asdict(options)
     with early_ends():
         _say(run(trainer, about, console, existing=existing))
 

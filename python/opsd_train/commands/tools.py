@@ -1,12 +1,14 @@
 """The commands of `opsd` that do not train one run: comparing, diagnosing, caching a teacher."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, show, user_errors
+from opsd_train.run_folder import check_new, of_its_own
 
 tools = typer.Typer()
 
@@ -31,7 +33,7 @@ def compare(
     """
     from opsd_train.demo import run as demo_run
     from opsd_train.studies import compare_report
-    from opsd_train.studies.compare import Plan, Task, execute, parse_methods
+    from opsd_train.studies.compare import COMMAND, Plan, Task, execute, parse_methods
     from opsd_train.studies.compare_results import summarise
 
     quiet()
@@ -47,7 +49,9 @@ def compare(
             out=out,
             further=tuple(context.args),
         )
-        task = Task("the demo's model, on three-digit addition", demo_run.demo)
+        compare_report.check_results(out)
+        prepare = partial(demo_run.demo, command=COMMAND)
+        task = Task("the demo's model, on three-digit addition", prepare)
         outcomes = execute(plan, task, console)
     found = summarise(plan, outcomes, shlex.join(map(str, words)), task.model)
     written = compare_report.write(found, out)
@@ -82,6 +86,8 @@ def diagnose(
     quiet()
     words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
     with early_ends(), user_errors():
+        if out is not None:
+            check_new(out)
         request = diagnose_run.Request(
             demo=demo,
             methods=methods,
@@ -144,9 +150,10 @@ def evaluate(
     ] = False,
     samples: Annotated[int, typer.Option(help="Completions sampled per row, besides a greedy one.")] = 1,
     k: Annotated[str | None, typer.Option(help="Estimate pass@k for these k, say 1,4,8.")] = None,
-    out: Annotated[Path, typer.Option(help="The folder of eval.json and of the completions.")] = Path(
-        "opsd-eval"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder of eval.json and of the completions; a new opsd-eval if none is."),
+    ] = None,
 ) -> None:
     """Measure a model's accuracy on rows with answers: greedy, sampled and pass@k, with 95 % intervals.
 
@@ -163,10 +170,11 @@ def evaluate(
             raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
         if model is None and not demo:
             raise ValueError("model: expected a model to evaluate; got none")
+        folder = of_its_own(Path("opsd-eval"), eval_run.WRITTEN) if out is None else out
         request = eval_run.Request(demo, model, (*words, *context.args))
-        found = eval_run.evaluate(request, out, console)
+        found = eval_run.evaluate(request, folder, console)
     show(eval_run.table(found))
-    written = ", ".join(map(str, (out / eval_run.EVALUATION, out / "completions" / "eval.parquet")))
+    written = ", ".join(str(folder / name) for name in eval_run.WRITTEN)
     console.print(f"written: {written}", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,8 @@ from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import load_rows
 from opsd_train.demo import task
 from opsd_train.loading import load
-from opsd_train.train import check_output, make_trainer
+from opsd_train.run_folder import check_output
+from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
 
 HERE = Path(__file__).parent
@@ -25,10 +26,13 @@ def presets(arguments: Sequence[str]) -> list[Path]:
     return [PRESET, OF_METHODS] if "method" in names else [PRESET]
 
 
-def demo(arguments: Sequence[str], console: Console) -> OPSDTrainer:
-    """The demo's trainer, with `arguments` (`--name value`) in place of what the preset says."""
+def demo(arguments: Sequence[str], console: Console, command: str = "opsd demo") -> OPSDTrainer:
+    """The demo's trainer, with `arguments` (`--name value`) in place of what the preset says.
+
+    An earlier run of the same command may be in its folder. ValueError for anything else there.
+    """
     (config,) = parse([OPSDConfig], presets(arguments), arguments)
-    check_output(config.output_dir, "replace")
+    check_output(config.output_dir, "replace", command)
     torch.set_num_threads(THREADS)
     with console.status("preparing"):
         model, tokenizer = load(str(MODEL))

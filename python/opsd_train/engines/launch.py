@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from opsd_train.engines import keeper
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.client import ServerClient
+from opsd_train.run_folder import SERVER_LOG
 
 MODULE = "vllm.entrypoints.openai.api_server"
-LOG = "vllm-server.log"  # in the run folder
 TAIL = 2000  # characters of the log that an error shows
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
 FLAGS = {
@@ -44,7 +44,7 @@ class Launch:
     sync: str = "disk"
     arguments: str = ""
     python: str = sys.executable
-    log: Path = field(default=Path(LOG))
+    log: Path = field(default=Path(SERVER_LOG))
     rank: int = 16
 
     def __post_init__(self) -> None:

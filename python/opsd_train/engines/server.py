@@ -20,12 +20,13 @@ from opsd_train.config import OPSDConfig
 from opsd_train.engines.base import Completion, Engine, EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.handshake import GENERATE, ServedModel, check_sampled, keeps_own_head, look_at
-from opsd_train.engines.launch import LOG, ChildServer, Launch
+from opsd_train.engines.launch import ChildServer, Launch
 from opsd_train.engines.nccl import NcclSync
 from opsd_train.engines.place import FOLDER, place_of
 from opsd_train.engines.proof import Proof
 from opsd_train.engines.sync import DiskSync, LoraSync, Sync, is_tied, write_checkpoint
 from opsd_train.rollouts import Sampling, Vocabulary
+from opsd_train.run_folder import SERVER_LOG
 
 STREAMED = 16  # tokens in an event: so many may be written without a sign of life
 
@@ -251,6 +252,6 @@ def _launch(config: OPSDConfig, student: torch.nn.Module, model: str) -> Launch:
         sync=config.vllm_sync,
         arguments=config.vllm_server_args,
         python=config.vllm_python or sys.executable,
-        log=Path(config.output_dir or ".") / LOG,
+        log=Path(config.output_dir or ".") / SERVER_LOG,
         rank=rank,
     )

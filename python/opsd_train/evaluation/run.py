@@ -28,12 +28,15 @@ from opsd_train.json_files import dumps, write_atomically
 from opsd_train.loading import load
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary
+from opsd_train.run_folder import INFO, check_folder, of_output
+from opsd_train.run_folder import MODEL as TRAINED
 from opsd_train.run_options import RunOptions
 from opsd_train.watch.completions import FOLDER, to_rows, write_parquet
 from opsd_train.watch.progress import doing, interval, intervals
-from opsd_train.watch.record import INFO, Evaluation
+from opsd_train.watch.record import Evaluation
 
 EVALUATION = "eval.json"
+WRITTEN = (EVALUATION, f"{FOLDER}/eval.parquet")
 PACKAGES = ("torch", "transformers", "peft", "opsd-kernels")  # beside what the engine names
 # How a model of a run was made to write; `opsd eval` of it asks in the same way unless it is told otherwise.
 KEPT = (
@@ -64,8 +67,10 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         ValueError: what is wrong with the request; nothing was written.
         EngineError: the engine that writes the completions failed.
     """
-    if (out / EVALUATION).exists():
-        raise ValueError(f"out: expected a folder without an evaluation, but {out} holds one")
+    check_folder(out)
+    for name in WRITTEN:
+        if (out / name).exists():
+            raise ValueError(f"out: expected a folder without an evaluation, but {out} holds {name}")
     model, recorded = resolve(str(MODEL) if request.model is None else request.model)
     given = [f"--model={model}", *recorded, *request.arguments]
     defaults = [f"--output_dir={out}", "--data="]
@@ -114,12 +119,12 @@ def resolve(model: str) -> tuple[str, list[str]]:
     folder = Path(model)
     if not (folder / INFO).is_file():
         return model, []
-    if not (folder / "model").is_dir():
+    if not (folder / TRAINED).is_dir():
         raise ValueError(f"model: expected a run that has ended, with a folder `model`; {model} has none")
     settings = json.loads((folder / INFO).read_text(encoding="utf-8")).get("config") or {}
     kept = {name: settings[name] for name in KEPT if settings.get(name) not in (None, {})}
     words = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in kept.items()]
-    return str(folder / "model"), words
+    return str(folder / TRAINED), words
 
 
 def load_merged(options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -203,8 +208,9 @@ def _rows(findings: Findings, tokenizer: PreTrainedTokenizerBase) -> list[dict[s
 
 
 def _write(out: Path, found: dict[str, Any], config: OPSDConfig, rows: list[dict[str, Any]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_parquet(out / FOLDER / "eval.parquet", rows)
+    with of_output(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_parquet(out / WRITTEN[1], rows)
     asked = {name: getattr(config, name) for name in (*KEPT, "rollouts", "seed")}
     versions = {"python": platform.python_version()} | found.pop("versions")
     found.pop("step")

@@ -21,6 +21,7 @@ from torch import Tensor
 from opsd_train.json_files import dumps, replacing, write_atomically
 from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import Rollout, collate
+from opsd_train.run_folder import of_output
 
 INFO = "cache.json"
 _IDS, _FLOATS = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("float32"))
@@ -138,7 +139,10 @@ def begin(folder: Path, info: Mapping[str, Any]) -> int:
             what = ", ".join(f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in different)
             raise ValueError(f"out: {folder} holds a cache with {what}; choose another folder")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        if stray := sorted(folder.glob(shard_path(folder, 0).name.replace("00000", "*"))):
+            raise ValueError(f"out: expected a cache or no shards in {folder}, got {stray[0]} without {INFO}")
+        with of_output(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / INFO, dumps(info, indent=1))
     return _shards(wanted)
 

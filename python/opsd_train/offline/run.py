@@ -13,6 +13,7 @@ from opsd_train.loading import load
 from opsd_train.offline.cache import Cache
 from opsd_train.offline.collect import CacheOptions, Writer
 from opsd_train.rollouts import Sampling, Vocabulary
+from opsd_train.run_folder import check_folder
 from opsd_train.studies.given import Given, config_of, load_given
 from opsd_train.teachers.weights import Teacher
 
@@ -42,6 +43,7 @@ class Request:
 
 def make(request: Request, folder: Path, console: Console) -> Cache:
     """Write the cache, or what is missing of it. Raises ValueError for what is wrong with the request."""
+    check_folder(folder)
     config = config_of(request.demo, request.arguments)
     options = CacheOptions(
         sampling=Sampling(

@@ -20,16 +20,19 @@ class FolderLock:
         folder: of the run; it is made.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or the folder cannot be made or written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / LOCK
         self._made = not self.path.parent.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIOWrapper | None = None
-        while self._file is None:
-            self._file = self._locked()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while self._file is None:
+                self._file = self._locked()
+        except OSError as error:
+            raise ValueError(f"out: expected a folder to write to, got {folder}: {error.strerror}") from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()

@@ -23,10 +23,12 @@ from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.commands.options import check_known
 from opsd_train.config import OPSDConfig
 from opsd_train.rollouts import Rollout, collate, evaluating
+from opsd_train.run_folder import FILES, check_output
 from opsd_train.train import run
 from opsd_train.trainer import OPSDTrainer
-from opsd_train.watch.record import FILES, RunRecord, load_run
+from opsd_train.watch.record import RunRecord, load_run
 
+COMMAND = "opsd compare"
 SAMPLES = 2  # the stream of random numbers; the trainer's own are 0 and 1
 Prepare = Callable[[Sequence[str], Console], OPSDTrainer]
 
@@ -182,7 +184,8 @@ def execute(plan: Plan, task: Task, console: Console) -> list[Outcome]:
         console: where progress appears.
 
     Raises:
-        ValueError: a run's folder holds a finished run of other arguments or samples; nothing was run.
+        ValueError: a run's folder holds a finished run of other arguments or samples, or what no comparison
+            made; nothing was run.
     """
     runs = [
         (method, seed, plan.out / f"{method.folder}-seed{seed}")
@@ -192,6 +195,9 @@ def execute(plan: Plan, task: Task, console: Console) -> list[Outcome]:
     done = {
         folder: _finished(folder, plan.arguments(method, seed), plan.samples) for method, seed, folder in runs
     }
+    for folder, measured in done.items():
+        if measured is None:
+            check_output(folder, "replace", COMMAND)
     outcomes = []
     for number, (method, seed, folder) in enumerate(runs, start=1):
         measured, error = done[folder], ""
@@ -249,7 +255,8 @@ def _run(plan: Plan, method: Method, seed: int, folder: Path, task: Task, consol
     trainer = task.prepare([*arguments, f"--output_dir={folder}"], console)
     if not trainer.held_out:
         raise ValueError("eval_data: expected held-out rows to compare on; got none")
-    run(trainer, {"name": f"{method.spec}, seed {seed}", "model": task.model}, console, existing="replace")
+    about = {"command": COMMAND, "name": f"{method.spec}, seed {seed}", "model": task.model}
+    run(trainer, about, console, existing="replace")
     with console.status(f"drawing {plan.samples} samples per problem"):
         correct, entropy = measure(trainer, plan.samples)
     measured = Measured(arguments=arguments, samples=plan.samples, correct=correct, entropy=entropy)

@@ -1,5 +1,6 @@
 """How a comparison is shown: the table on the terminal, compare.md, compare.json and compare.png."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from rich.table import Table
 
 from opsd_train.evaluation.passk import Interval
 from opsd_train.json_files import dumps, write_atomically
+from opsd_train.run_folder import check_folder
 from opsd_train.studies.compare_results import Comparison, MethodResult, Point
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+RESULTS = ("compare.json", "compare.md", "compare.png")
 CAPTION = (
     "95 % confidence intervals in brackets, Wilson's for the greedy accuracy, else by resampling problems. "
     "Sampled accuracy is pass@1; vs first: its difference from the first method's on the same problems."
@@ -27,13 +30,25 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPXh"
 
 
+def check_results(folder: Path) -> None:
+    """ValueError for results in a folder that are no comparison's, which `write` would replace."""
+    check_folder(folder)
+    held = [name for name in RESULTS if (folder / name).exists()]
+    try:
+        found = json.loads((folder / RESULTS[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if held and not (isinstance(found, dict) and set(Comparison.__annotations__) <= found.keys()):
+        raise ValueError(f"out: expected no {held[0]} but a comparison's in {folder}; choose another folder")
+
+
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.json, compare.md and, where a run has finished, compare.png; returns their paths."""
-    written = [folder / "compare.json", folder / "compare.md"]
-    write_atomically(written[0], dumps(comparison, indent=1))
-    picture = draw(comparison, folder / "compare.png")
-    write_atomically(written[1], markdown(comparison, picture))
-    return [*written, folder / "compare.png"] if picture else written
+    numbers, table, curves = (folder / name for name in RESULTS)
+    write_atomically(numbers, dumps(comparison, indent=1))
+    picture = draw(comparison, curves)
+    write_atomically(table, markdown(comparison, picture))
+    return [numbers, table, curves] if picture else [numbers, table]
 
 
 def table(comparison: Comparison) -> Table:

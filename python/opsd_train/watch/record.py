@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from opsd_train.json_files import dumps, write_atomically
+from opsd_train.run_folder import EVALUATIONS, FILES, INFO, METRICS, ROLLOUTS
 from opsd_train.safety.folders import move
 from opsd_train.watch.completions import kept, step_of
 
-METRICS, EVALUATIONS, ROLLOUTS, INFO = "metrics.jsonl", "evaluations.json", "rollouts.json", "run.json"
-FILES = (METRICS, EVALUATIONS, ROLLOUTS, INFO)
 SUPERSEDED, SUPERSEDED_COMPLETIONS = "superseded.jsonl", "superseded-completions"
 
 
