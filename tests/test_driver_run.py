@@ -211,7 +211,7 @@ def test_command_line_beats_yaml_beats_defaults(tmp_path: Path) -> None:
     options, config = parse(
         [RunOptions, OPSDConfig], [path], given, [f"--output_dir={tmp_path}", "--max_steps=9"]
     )
-    assert (options.model, options.lora_rank, options.lora_dropout) == ("here", 4, 0.0)
+    assert (options.model, options.lora_rank, options.lora_dropout) == ("here", 4, None)
     assert (config.learning_rate, config.max_steps, config.top_p, config.top_k) == (1e-4, 7, 0.9, 0)
     assert config.student_chat_kwargs == {"enable_thinking": False}
     assert config.teacher_template == "--{problem} {solution}"

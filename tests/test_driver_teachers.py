@@ -13,7 +13,7 @@ from opsd_kernels import Hidden
 from opsd_train.loading import with_lora
 from opsd_train.teachers.weights import (
     EMA_FILE,
-    AdapterOffTeacher,
+    AdapterTeacher,
     EmaTeacher,
     Teacher,
     TeacherRule,
@@ -65,7 +65,8 @@ def test_initial_teacher_stays_where_training_started() -> None:
 def test_initial_teacher_of_lora_is_the_adapters_off() -> None:
     student = with_lora(tiny_model(), rank=2, alpha=4, dropout=0.5).train()
     teacher = make_teacher(TeacherRule("initial"), student)
-    assert isinstance(teacher, AdapterOffTeacher)
+    assert isinstance(teacher, AdapterTeacher)
+    assert teacher.name is None
     for parameter in student.parameters():
         parameter.data.add_(1.0 if parameter.requires_grad else 0.0)
     torch.testing.assert_close(read(teacher), read(Teacher(tiny_model())), rtol=0, atol=0)
@@ -74,17 +75,41 @@ def test_initial_teacher_of_lora_is_the_adapters_off() -> None:
     assert student.get_model_status().enabled is True
 
 
-def test_initial_teacher_of_adapters_that_do_something_is_the_student_as_given() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_initial_teacher_of_adapters_that_do_something_is_the_student_as_given(dtype: torch.dtype) -> None:
+    student = lora_model().to(dtype)
+    flags = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    given = read(Teacher(student))
+    teacher, second = (
+        make_teacher(TeacherRule("initial"), student),
+        make_teacher(TeacherRule("initial"), student),
+    )
+    assert not torch.allclose(read(Teacher(tiny_model().to(dtype))), given, atol=0.1)
+    assert torch.equal(read(teacher), given)
+    nudge(student)
+    moved = read(Teacher(student))
+    assert not torch.allclose(moved, given, atol=0.1)
+    assert torch.equal(read(make_teacher(TeacherRule("initial"), student)), moved)
+    for one in (teacher, second):
+        assert one.model is student
+        assert torch.equal(read(one), given)
+    assert torch.equal(read(Teacher(student)), moved)
+    now = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    assert {name for name in now if now[name]} == {name for name in flags if flags[name]}
+
+
+def test_initial_teacher_of_several_adapters_is_a_copy_of_the_model() -> None:
     student = lora_model()
+    student.add_adapter("other", student.peft_config["default"])
+    student.base_model.set_adapter(["default", "other"])
     given = read(Teacher(student))
     teacher = make_teacher(TeacherRule("initial"), student)
-    assert not torch.allclose(read(Teacher(tiny_model())), given, atol=0.1)
-    torch.testing.assert_close(read(teacher), given, rtol=1e-4, atol=1e-4)
     nudge(student)
+    assert teacher.model is not student
     torch.testing.assert_close(read(teacher), given, rtol=1e-4, atol=1e-4)
 
 
-def test_adapter_off_teacher_leaves_frozen_adapters_frozen() -> None:
+def test_adapter_teacher_leaves_frozen_adapters_frozen() -> None:
     student = with_lora(tiny_model(), rank=2, alpha=4, dropout=0.5).train()
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("lora_B" in name)

@@ -15,13 +15,11 @@ from typer.testing import CliRunner
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from opsd_train.commands.main import app
-from opsd_train.evaluation import run as eval_run
 from opsd_train.evaluation.examine import Findings, Judged, from_metrics, to_metrics
 from opsd_train.evaluation.judge import wilson
 from opsd_train.evaluation.passk import bootstrap, mean_pass_at_k, pass_at_k
 from opsd_train.evaluation.verify import Verifier
-from opsd_train.loading import with_lora
-from opsd_train.run_options import RunOptions
+from opsd_train.loading import load, with_lora
 from opsd_train.watch.record import RunRecord, load_run
 
 GIVEN = ["--max-completion-length", "4", "--use_cpu", "--student-template", "{problem}"]
@@ -221,7 +219,7 @@ def test_opsd_eval_of_a_run_asks_as_the_run_did(model: Path, rows: Path, tmp_pat
 
 
 def test_adapters_are_merged_into_the_model_below(model: Path, tmp_path: Path) -> None:
-    base, _ = eval_run.load(str(model))
+    base, _ = load(str(model))
     adapted = with_lora(base, 2, 4.0, 0.0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -229,13 +227,13 @@ def test_adapters_are_merged_into_the_model_below(model: Path, tmp_path: Path) -
     adapted.save_pretrained(tmp_path)
     ids = TOKENIZER("1+2=", return_tensors="pt").input_ids
     expected = adapted(ids).logits
-    merged, _ = eval_run.load_merged(RunOptions(model=str(tmp_path), data=""))
+    merged, _ = load(str(tmp_path))
     assert not isinstance(merged, PeftModel)
     assert (merged(ids).logits - expected).abs().max() < 1e-3
     assert (tiny_model()(ids).logits - expected).abs().max() > 0.1
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model: expected adapter_model\.safetensors in"):
-        eval_run.load_merged(RunOptions(model=str(tmp_path), data=""))
+        load(str(tmp_path))
 
 
 def test_mistakes_of_opsd_eval_are_one_message(model: Path, rows: Path, tmp_path: Path) -> None:

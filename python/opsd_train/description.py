@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from opsd_train.adapters import TEACHER
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import count
@@ -28,7 +29,7 @@ def describe(trainer: OPSDTrainer) -> dict[str, Any]:
     }
     inner = causal_lm(trainer.student)
     return {
-        "parameters": sum(parameter.numel() for parameter in inner.parameters()),
+        "parameters": sum(one.numel() for name, one in inner.named_parameters() if TEACHER not in name),
         "objective": _minimised(config, trainer),
         "method": config.method,
         "teacher": str(config.to_teacher()),

@@ -2,22 +2,25 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed
+
+from opsd_train.adapters import Adapter, Wanted, adapter_at, merged, with_adapter, with_adapter_on, with_lora
+from opsd_train.model_files import check_files, configuration, expected, from_files
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Of a folder's configuration and of its tokenizer, in any form, a file that there must be.
@@ -42,7 +45,7 @@ def load(
     """Load a causal language model and its tokenizer; code that comes with a model is never run.
 
     Args:
-        model: a local folder or a hub id.
+        model: a local folder or a hub id; adapters there are merged into the model they were trained on.
         dtype: `float32`, `bfloat16` or `float16`. Weights that are trained lose small updates in the others.
         gguf_file: name of a GGUF file in that folder; the weights are dequantised.
         revision: of a hub id, the commit, tag or branch to load.
@@ -50,18 +53,88 @@ def load(
     Raises:
         ValueError: what was expected at `model` and was not there.
     """
+    found, tokenizer, adapter = _below(model, dtype, gguf_file, revision)
+    return (found if adapter is None else merged(with_adapter(found, adapter))), tokenizer
+
+
+def load_student(
+    model: str,
+    wanted: Wanted,
+    dtype: str = "float32",
+    gguf_file: str | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a model to train, see `load`: all of its weights, or LoRA adapters on it.
+
+    Adapters at `model` go on, as they are; they are not replaced by new ones. Raises ValueError if they are
+    of another shape than `wanted`.
+    """
+    found, tokenizer, adapter = _below(model, dtype, gguf_file, revision)
+    if adapter is not None:
+        return with_adapter_on(found, adapter, wanted), tokenizer
+    if wanted.rank:
+        return with_lora(found, wanted.rank, wanted.alpha, wanted.dropout), tokenizer
+    return found, tokenizer
+
+
+def _below(
+    model: str, dtype: str, gguf_file: str | None, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None]:
+    """A model without adapters, the tokenizer, and the adapters that belong on it."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    where = _where(model, gguf_file, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
-        with _whole():
-            found = AutoModelForCausalLM.from_pretrained(
-                model, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where
-            )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: expected a causal language model at {model!r}; {error}") from error
-    return (found if gguf_file is None else plain(found)), tokenizer
+    parts = _parts(model, gguf_file, revision)
+    with _whole():
+        found = from_files(parts.base, dtype=DTYPES[dtype], **parts.where)
+    return (found if gguf_file is None else plain(found)), parts.tokenizer, parts.adapter
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is known of a model before its weights are read.
+
+    Args:
+        base: folder or hub id of the model, below adapters if there are any.
+        where: which files of it are meant.
+        config: its configuration.
+        tokenizer: the adapters' own if they have one.
+        adapter: adapters that belong on it.
+    """
+
+    base: str
+    where: dict[str, Any]
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter | None
+
+
+def _parts(model: str, gguf_file: str | None, revision: str | None) -> _Parts:
+    """Find the parts of a model. ValueError for what was expected and is not there."""
+    is_folder, tokenizer = Path(model).is_dir(), None
+    if not is_folder:  # from the hub a tokenizer first: without network its error is the one to be told
+        tokenizer = _tokenizer(model, _where(model, gguf_file, revision))
+    adapter = adapter_at(model, revision)
+    base, where = model, _where(model, None if adapter else gguf_file, revision)
+    if adapter is not None:
+        if is_folder and _has(model, PARTS[1]):
+            tokenizer = _tokenizer(model, where)
+        base = adapter.base
+        where = _where(base, gguf_file, adapter.base_revision or (revision if is_folder else None))
+    if tokenizer is None:
+        _check_has_tokenizer(base, where)
+    config = configuration(base, **where)
+    return _Parts(base, where, config, tokenizer or _tokenizer(base, where), adapter)
+
+
+def _tokenizer(model: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer at `model`."""
+    with expected("a tokenizer", model, where["gguf_file"] or PARTS[1][0]):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
+
+
+def _check_has_tokenizer(model: str, where: dict[str, Any]) -> None:
+    if where["gguf_file"] is None and Path(model).is_dir() and not _has(model, PARTS[1]):
+        raise ValueError(f"model: {model} has no {PARTS[1][0]}")
 
 
 @contextmanager
@@ -79,14 +152,15 @@ def _whole() -> Iterator[None]:
 
 
 def load_reader(model: str, gguf_file: str | None = None, revision: str | None = None) -> Reader:
-    """Load what reads without weights: the tokenizer, and the configuration for its number of positions."""
-    where = _where(model, gguf_file, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **where)
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: expected a tokenizer and a configuration at {model!r}; {error}") from error
-    return Reader(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
+    """Load what reads without weights: the tokenizer, and the configuration for its number of positions.
+
+    Of weights only names and sizes are looked at. ValueError if they would not be loaded, as by `load`.
+    """
+    parts = _parts(model, gguf_file, revision)
+    if gguf_file is None and Path(parts.base).is_dir():
+        from_files(parts.base, device_map="meta", **parts.where)
+    positions = getattr(parts.config.get_text_config(), "max_position_embeddings", None)
+    return Reader(parts.tokenizer, positions)
 
 
 def _where(model: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
@@ -94,12 +168,16 @@ def _where(model: str, gguf_file: str | None, revision: str | None) -> dict[str,
     if not Path(model).is_dir() and not HUB_ID.fullmatch(model):
         raise ValueError(f"model: expected a local folder or a hub id, got {model!r}, which is neither")
     if gguf_file is None and Path(model).is_dir():
-        for names in PARTS:
-            if not any((Path(model) / name).exists() for name in names):
-                raise ValueError(f"model: {model} has no {names[0]}")
+        if not _has(model, PARTS[0]):
+            raise ValueError(f"model: {model} has no {PARTS[0][0]}")
+        check_files(Path(model))
     if gguf_file is not None and Path(model).is_dir() and not (Path(model) / gguf_file).is_file():
         raise ValueError(f"gguf_file: expected a file in {model}, got {gguf_file!r}, which is not there")
     return {"gguf_file": gguf_file, "revision": revision or "main"}
+
+
+def _has(folder: str, names: Sequence[str]) -> bool:
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -111,17 +189,3 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
     twin.load_state_dict(model.state_dict())
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin
-
-
-def with_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float) -> PeftModel:
-    """Put LoRA adapters on every linear layer but the head, which stays frozen with everything else."""
-    if rank < 1:
-        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a ratio, which need not be whole
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)

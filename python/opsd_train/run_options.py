@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from opsd_train.adapters import Wanted
 from opsd_train.data.generated import HELD_OUT_SEED
 from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.data.rows import Reading
@@ -45,10 +46,16 @@ class RunOptions:
     revision: str | None = option(None, "Commit, tag or branch of a hub id.")
     dtype: str = option("float32", "Dtype of the weights: float32, bfloat16 or float16.")
     lora_rank: int = option(
-        0, "Rank of LoRA adapters on all linear layers but the head; 0 trains every weight."
+        0,
+        "Rank of LoRA adapters on all linear layers but the head; 0 trains every weight. A `model` that is a "
+        "folder of adapters goes on with these, at 0 or at their own rank.",
     )
-    lora_alpha: float = option(32.0, "LoRA's alpha: updates scale with alpha / rank.")
-    lora_dropout: float = option(0.0, "Dropout in front of the LoRA adapters.")
+    lora_alpha: float | None = option(
+        None, "LoRA's alpha: updates scale with alpha / rank. None is 32, or what adapters in `model` have."
+    )
+    lora_dropout: float | None = option(
+        None, "Dropout in front of the LoRA adapters. None is 0, or what adapters in `model` have."
+    )
 
     def __post_init__(self) -> None:
         self.columns = json_object("columns", self.columns or {})
@@ -59,6 +66,10 @@ class RunOptions:
             raise ValueError(f"repeated_rows: expected keep or refuse, got {self.repeated_rows!r}")
         if self.skip_bad_rows < 0:
             raise ValueError(f"skip_bad_rows: expected a number of at least 0, got {self.skip_bad_rows}")
+
+    def lora(self) -> Wanted:
+        """The adapters that are trained."""
+        return Wanted(self.lora_rank, self.lora_alpha, self.lora_dropout)
 
     def choice(self, held_out: bool = False) -> Choice:
         """Which part of `data`, or of `eval_data`, is read."""

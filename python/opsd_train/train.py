@@ -27,7 +27,7 @@ from opsd_train.data.sampler import short_steps
 from opsd_train.description import describe
 from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
-from opsd_train.loading import load, with_lora
+from opsd_train.loading import load_student
 from opsd_train.reading.prompts import Encoder
 from opsd_train.report.page import write_report
 from opsd_train.run_folder import MODEL, Existing, check_begun, check_output
@@ -76,11 +76,10 @@ def _prepare(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDT
     for note in loaded.notes:
         console.print(note, highlight=False, markup=False)
     with console.status(f"loading {options.model}"):
-        model, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
-        student: torch.nn.Module = model
-        if options.lora_rank:
-            set_seed(config.seed)  # adapters begin with the same numbers in every process
-            student = with_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
+        set_seed(config.seed)  # adapters begin with the same numbers in every process
+        student, tokenizer = load_student(
+            options.model, options.lora(), options.dtype, options.gguf_file, options.revision
+        )
         return make_trainer(student, tokenizer, loaded.rows, loaded.held_out, config, loaded.quarantine)
 
 

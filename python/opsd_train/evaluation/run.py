@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +78,7 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)
     with console.status(f"loading {model}"):
-        student, tokenizer = load_merged(options)
+        student, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
     prompts = _encoded(rows, tokenizer, config)
     config.to_judge().require(prompts)
     check_positions(student, prompts, config.max_completion_length)
@@ -125,23 +124,6 @@ def resolve(model: str) -> tuple[str, list[str]]:
     kept = {name: settings[name] for name in KEPT if settings.get(name) not in (None, {})}
     words = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in kept.items()]
     return str(folder / TRAINED), words
-
-
-def load_merged(options: RunOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model; of a folder of LoRA adapters, the model they were trained on with them merged into it.
-
-    Raises ValueError for what was expected and not there.
-    """
-    adapters = Path(options.model) / "adapter_config.json"
-    if not adapters.is_file():
-        return load(options.model, options.dtype, options.gguf_file, options.revision)
-    if not (adapters.parent / "adapter_model.safetensors").is_file():
-        raise ValueError(f"model: expected adapter_model.safetensors in {options.model}, which is not there")
-    base = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"model: expected base_model_name_or_path in {adapters}; got {base!r}")
-    below, tokenizer = load(base, options.dtype, options.gguf_file, options.revision)
-    return PeftModel.from_pretrained(below, options.model).merge_and_unload(), tokenizer
 
 
 def _rows_of(options: RunOptions | None, config: OPSDConfig) -> list[Row]:

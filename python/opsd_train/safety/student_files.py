@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-ADAPTER = "adapter_model.safetensors"
-BESIDE = "trained_beside_adapters.safetensors"
+from opsd_train.adapters import BESIDE, WEIGHTS, own_adapters
 
 
 def write_student(
@@ -32,7 +31,7 @@ def write_student(
     """
     given = None if weights is None else dict(weights)
     if isinstance(student, PeftModel):
-        student.save_pretrained(str(folder), state_dict=given)
+        student.save_pretrained(str(folder), state_dict=given, selected_adapters=own_adapters(student))
         state = student.state_dict() if given is None else given
         beside = {name: state[name].detach().cpu().contiguous() for name in _beside_adapters(student)}
         if beside:
@@ -56,8 +55,8 @@ def read_student(student: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
         _check_shapes(found, _shapes(student), _once(student, found), folder)
         return found
     found = {}
-    for adapter in student.peft_config:
-        path = (folder if adapter == "default" else folder / adapter) / ADAPTER
+    for adapter in own_adapters(student):
+        path = (folder if adapter == "default" else folder / adapter) / WEIGHTS
         if not path.is_file():
             raise ValueError(f"resume_from_checkpoint: expected {path} for adapters; got none")
         names = _adapter_names(student, adapter)
@@ -114,7 +113,7 @@ def _adapter_names(student: PeftModel, adapter: str) -> dict[str, str]:
 
 
 def _adapted(student: PeftModel) -> set[str]:
-    return {name for one in student.peft_config for name in _adapter_names(student, one).values()}
+    return {name for one in own_adapters(student) for name in _adapter_names(student, one).values()}
 
 
 def _beside_adapters(student: PeftModel) -> set[str]:

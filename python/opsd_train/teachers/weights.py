@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from opsd_kernels import Hidden, LogLinear, TopK
+from opsd_train.adapters import ADAPTED, add_frozen_copy
 from opsd_train.backbone import causal_lm, completion_hidden, head_source
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
@@ -24,7 +23,6 @@ from opsd_train.teachers.served import ServedReader
 
 EMA_FILE = "ema_teacher.safetensors"
 SYNC_FILE = "sync_teacher.safetensors"
-ADAPTED = BaseTunerLayer | ModulesToSaveWrapper
 
 
 class Teacher:
@@ -97,27 +95,36 @@ class ServedTeacher(Teacher):
             return self.reader.read(student, inputs)
 
 
-class AdapterOffTeacher(Teacher):
-    """The initial weights of a LoRA run whose adapters begin at zero: the same model with them off.
+class AdapterTeacher(Teacher):
+    """The initial weights of a LoRA run: the same model with other adapters on, or with none.
 
-    Costs no memory.
+    Costs no memory where the student's adapters begin at zero, and else that of a frozen copy of them.
+    Merging them would round the weights.
+
+    Args:
+        model: the student.
+        name: of the copy, see `add_frozen_copy`; None for adapters off.
     """
+
+    def __init__(self, model: PeftModel, name: str | None = None) -> None:
+        super().__init__(model)
+        self.name = name
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Adapters are off inside."""
-        assert isinstance(self.model, PeftModel)
-        # Not `disable_adapter`, which freezes parameters and makes them all trainable again: FSDP2 asks a
-        # parameter once whether it is trained, and that may be inside.
+        """The student's adapters are off inside, and the copy is on."""
+        # Not `disable_adapter` and `set_adapter`, which change what is trained: FSDP2 asks a parameter once
+        # whether it is trained, and that may be inside.
         layers = [module for module in self.model.modules() if isinstance(module, ADAPTED)]
-        states = [layer._disable_adapters for layer in layers]
+        states = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
         try:
             for layer in layers:
-                layer._disable_adapters = True
+                layer._disable_adapters = self.name is None
+                layer._active_adapter = layer._active_adapter if self.name is None else [self.name]
             yield
         finally:
-            for layer, off in zip(layers, states, strict=True):
-                layer._disable_adapters = off
+            for layer, (off, active) in zip(layers, states, strict=True):
+                layer._disable_adapters, layer._active_adapter = off, active
 
 
 class EmaTeacher(Teacher):
@@ -242,8 +249,9 @@ def make_teacher(
 ) -> Teacher:
     """The teacher of that rule for a student as it is before training.
 
-    The initial teacher of a LoRA student is the same model with its adapters off where they begin at zero, as
-    fresh ones do, and else a frozen copy, which takes the model's memory once more.
+    The initial teacher is the student as it is given, adapters included. Of a LoRA student that is the same
+    model with its adapters off where they begin at zero, as fresh ones do, and else with a frozen copy of
+    them; of a student with several adapters on, or none, a frozen copy of the model.
 
     Raises ValueError unless a teacher that copies weights can know all that a PEFT student trains (the
     parameters of LoRA layers, and no others), and for another model that does not share the tokenizer.
@@ -262,11 +270,19 @@ def make_teacher(
         return EmaTeacher(student, rule.decay, rule.every, rule.copy_every)
     if rule.kind == "sync":
         return SyncTeacher(student, rule.every)
-    if isinstance(student, PeftModel) and not adapters_add(student):
-        initial: Teacher = AdapterOffTeacher(student)
-    else:
-        initial = Teacher(frozen_copy(student))
+    initial = _initial(student)
     return TrustRegionTeacher(initial, student, rule.share) if rule.kind == "trust_region" else initial
+
+
+def _initial(student: torch.nn.Module) -> Teacher:
+    """The student as it is now, in as little memory as can be."""
+    if isinstance(student, PeftModel):
+        if not adapters_add(student):
+            return AdapterTeacher(student)
+        name = add_frozen_copy(student)
+        if name is not None:
+            return AdapterTeacher(student, name)
+    return Teacher(frozen_copy(student))
 
 
 def load_teacher(
