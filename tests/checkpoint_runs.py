@@ -44,3 +44,7 @@ def go(
 def content(folder: Path) -> dict[str, bytes]:
     files = (folders.read_marker(folder) or {})["files"]
     return {name: (folder / name).read_bytes() for name in files if name not in OWN}
+
+
+def step_of(checkpoint: Path) -> int:
+    return int((folders.read_marker(checkpoint) or {})["step"])

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_prompts
 from opsd_train.data.rows import load_rows
+from opsd_train.demo.pretrain import build_tokenizer
 from opsd_train.reading.prompts import Encoder, Templates, fill, pad_left, pad_right
 
 TEMPLATES = Templates("{problem}", "{solution};{problem}", "{privileged_context};{prompt}")
@@ -127,7 +129,7 @@ def test_prompts_are_the_chat_template_s_tokens(tmp_path: Path) -> None:
     assert TOKENIZER.decode(prompt.teacher_ids) == "<|user|>3;1+2=<|assistant|>"
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(5, 100), (100, 9)])
+@pytest.mark.parametrize(("student", "teacher"), [(5, 100), (7, 11), (100, 9), (8, 10)])
 def test_prompt_over_its_budget_names_the_row_and_both_lengths(student: int, teacher: int) -> None:
     rows = load_rows([{"problem": "1=", "solution": "1"}, {"problem": "10+20=", "solution": "30"}], TEMPLATES)
     fits = Encoder(TOKENIZER, 8, 11).encode(rows)
@@ -138,6 +140,33 @@ def test_prompt_over_its_budget_names_the_row_and_both_lengths(student: int, tea
     )
     with pytest.raises(ValueError, match=message):
         Encoder(TOKENIZER, student, teacher).encode(rows)
+
+
+@pytest.mark.parametrize(("positions", "fits"), [(None, True), (15, True), (14, False)])
+def test_longer_prompt_and_completion_may_fill_the_positions(positions: int | None, fits: bool) -> None:
+    rows = load_rows([{"problem": "10+20=", "solution": "30"}], TEMPLATES)
+    encoder = Encoder(TOKENIZER, 8, 11, max_completion_length=4, positions=positions)
+    if fits:
+        assert len(encoder.encode(rows)) == 1
+        return
+    with pytest.raises(ValueError, match="row 1: its longer prompt has 11 tokens,"):
+        encoder.encode(rows)
+
+
+def test_special_tokens_are_the_chat_template_s_own() -> None:
+    """A tokenizer that begins every text with BOS does so where there is no template, and not once more."""
+    tokenizer = build_tokenizer()
+    first = tokenizer.convert_tokens_to_ids("<|user|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", first)]
+    )
+    rows = load_rows([{"problem": "1+2=", "solution": "3"}], TEMPLATES)
+    (prompt,) = Encoder(tokenizer, 100, 100).encode(rows)
+    assert tokenizer.decode(prompt.student_ids) == "<|user|>1+2=<|assistant|>"
+    assert tokenizer.decode(prompt.teacher_ids) == "<|user|>3;1+2=<|assistant|>"
+    tokenizer.chat_template = None
+    (prompt,) = Encoder(tokenizer, 100, 100).encode(rows)
+    assert tokenizer.decode(prompt.student_ids) == "<|user|>1+2="
 
 
 def test_padding() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from checkpoint_runs import step_of
 from driver_tiny import tiny_model, tiny_trainer
 from opsd_train.loading import with_lora
 from opsd_train.safety import folders
-from opsd_train.safety.checkpoints import checkpoint_of, complete, step_of
+from opsd_train.safety.checkpoints import checkpoint_of, complete
 from opsd_train.watch.progress import RecordCallback
 from opsd_train.watch.record import RunRecord, load_run
 
@@ -29,7 +30,7 @@ def run(out: Path, lora: bool) -> None:
     """Train to the end, from the newest whole checkpoint on if there is one, and write the model."""
     checkpoint = checkpoint_of(True, out) if complete(out) else None
     record = RunRecord(out, "resume")
-    record.rewind(0 if checkpoint is None else step_of(checkpoint))
+    record.rewind(0 if checkpoint is None else step_of(Path(checkpoint)))
     model = tiny_model()
     student = with_lora(model, rank=2, alpha=4, dropout=0.3) if lora else model
     trainer = tiny_trainer(

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from checkpoint_runs import step_of
 from driver_tiny import tiny_model, tiny_trainer
 from opsd_train.safety import folders
-from opsd_train.safety.checkpoints import checkpoint_of, complete, step_of
+from opsd_train.safety.checkpoints import checkpoint_of, complete
 from opsd_train.watch.progress import RecordCallback
 from opsd_train.watch.record import RunRecord, load_run
 from test_kill import child, contents, die_at
@@ -41,7 +42,7 @@ def run(out: Path, rank: int, port: int) -> None:
     assert trainer.ranks.count == 2
     if rank == 0:
         record = RunRecord(out, "resume")
-        record.rewind(0 if checkpoint is None else step_of(checkpoint))
+        record.rewind(0 if checkpoint is None else step_of(Path(checkpoint)))
         trainer.add_callback(RecordCallback(record))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -88,14 +88,6 @@ def checkpoint_of(
     return str(path)
 
 
-def step_of(checkpoint: str | os.PathLike[str]) -> int:
-    """Optimizer steps behind a whole checkpoint; ValueError if its marker does not say."""
-    step = (folders.read_marker(Path(checkpoint)) or {}).get("step")
-    if not isinstance(step, int):
-        raise ValueError(f"resume_from_checkpoint: expected {folders.MARKER} with a step in {checkpoint}")
-    return step
-
-
 def sweep(run: Path) -> None:
     """Delete what an interrupted write left."""
     for one in _left(run):
