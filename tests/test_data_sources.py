@@ -188,6 +188,7 @@ def test_what_a_completion_states_is_scored(completion: str, reward: float) -> N
 @pytest.mark.parametrize(
     ("completion", "answer", "stated"),
     [
+        (r"it is \boxed{\frac{1}{4}}", "4", r"\frac{1}{4}"),
         ("1,2", "12", "1,2"),
         ("The answer is 3,5", "35", "3,5"),
         ("so 1,234", "1234", "1234"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsd_train.evaluation.judge import FIGURES, last_figures
+from opsd_train.evaluation.figures import FIGURES, last_figures
 from opsd_train.reading.texts import final_answer, without_thoughts
 
 PREFIX = "reasoning_gym:"

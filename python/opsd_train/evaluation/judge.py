@@ -1,21 +1,15 @@
 """Whether a completion matches an answer, and the interval of a share of right ones."""
 
 import math
-import re
 import threading
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from opsd_train.evaluation.figures import is_chain, is_listed, same_value, ungrouped
 from opsd_train.reading.texts import final_answer
 from opsd_train.watch.record import Accuracy
 
 Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
-# What looks like a number (a date and a list do too), with its sign unless it is a minus between two numbers.
-EXPONENT = r"(?:[eE][+-]?\d+(?!\w))?"
-FIGURES = re.compile(r"(?:(?<!\d)-)?\d+(?:[.,]\d+)*" + EXPONENT)
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?" + EXPONENT)
-MINUS = str.maketrans(dict.fromkeys("\u2212\ufe63\uff0d", "-"))  # what typesetting has in its place
 
 
 def wilson(correct: int, total: int) -> Accuracy:
@@ -40,29 +34,34 @@ def same_text(completion: str, answer: str) -> bool:
 
 
 def same_number(completion: str, answer: str) -> bool:
-    """The last numbers in both are equal; thousands separators and trailing zeros do not matter.
+    """The last values that both state are equal, see `figures`: `0.75`, `.75`, `3/4`, `75%` are the same.
 
-    A number may have an exponent (`1.5e3`) and any character for its minus. Figures that are not one number,
-    like `12.11.2024` or `1,2`, equal nothing.
+    Thousands separators and trailing zeros do not matter. Figures that are not one number, like `12.11.2024`
+    or `1,2`, and parts of an expression, like those of `2^{10}`, equal nothing.
     """
-    found, expected = _last_number(completion), _last_number(answer)
-    return found is not None and found == expected
+    return same_value(completion, answer)
 
 
 def same_mathematics(completion: str, answer: str) -> bool:
     """What the completion states last is mathematically equal to the answer, as `math-verify` has it.
 
     Of an answer that ends in a boxed or stated one, that counts. A comparison that takes more than seconds is
-    a no, except outside the main thread, where nothing can stop it. Raises ValueError for an answer that is
-    not mathematics.
+    a no, except outside the main thread, where nothing can stop it. Dates and times are compared as they
+    stand. Raises ValueError for an answer that is not mathematics.
     """
+    stated = final_answer(answer) or answer.strip()
+    if is_chain(stated):
+        return same_value(final_answer(completion) or completion, stated)
     from math_verify import parse, verify  # brings sympy along, which takes its time
 
     seconds: Any = 5 if threading.current_thread() is threading.main_thread() else None
-    expected = parse(f"\\boxed{{{final_answer(answer) or answer.strip()}}}", parsing_timeout=seconds)
+    expected = parse(f"\\boxed{{{ungrouped(stated)}}}", parsing_timeout=seconds)
     if not expected:
         raise ValueError(f"answer: expected mathematics that math-verify can read; got {answer!r}")
-    return bool(verify(expected, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds))
+    found = parse(ungrouped(completion), parsing_timeout=seconds)
+    if verify(expected, found, timeout_seconds=seconds):
+        return True
+    return is_listed(stated) and same_value(completion, stated)  # which is read in LaTeX alone
 
 
 MATCHES: dict[str, Callable[[str, str], bool]] = {
@@ -70,24 +69,3 @@ MATCHES: dict[str, Callable[[str, str], bool]] = {
     "number": same_number,
     "math": same_mathematics,
 }
-
-
-def last_figures(text: str) -> str | None:
-    """The last thing in a text that looks like a number, without the commas between its thousands.
-
-    What is not one number, like `1,2`, is given as it stands; None of a text without figures.
-    """
-    found = FIGURES.findall(text.translate(MINUS))
-    if not found:
-        return None
-    return str(found[-1]).replace(",", "") if NUMBER.fullmatch(found[-1]) else str(found[-1])
-
-
-def _last_number(text: str) -> Decimal | None:
-    figures = last_figures(text)
-    if figures is None or not NUMBER.fullmatch(figures):
-        return None
-    try:
-        return Decimal(figures)
-    except InvalidOperation:  # an exponent beyond what there is room for
-        return None
