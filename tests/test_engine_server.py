@@ -248,6 +248,25 @@ def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_it(ser
         ({"vllm_concurrency": 0}, "vllm_concurrency: expected at least 1"),
         ({"vllm_server_args": "--x"}, "vllm_server_args: expected nothing without vllm_start"),
         ({"vllm_master": "host"}, "vllm_master: expected host:port"),
+        *(
+            ({"vllm_start": True, "vllm_server_args": words}, f"vllm_server_args: expected {told}")
+            for words, told in (
+                ("--host 0.0.0.0", "no --host, .*--vllm-public"),
+                ("--dtype float32 --host=::", "no --host"),
+                ("--hos 0.0.0.0 --api-key k", "no --host"),
+                ("--uds /tmp/socket", "no --uds"),
+                ("--config file.yaml", "no --config"),
+                ("--port 1", "no --port"),
+                ("--api-key", "one key"),
+                ("--api-key one two", "one key"),
+                ("--api-key one --api_key=two", "`--api-key` once, got it 2 times"),
+                ("--dtype 'float32", "arguments as a shell takes them"),
+            )
+        ),
+        (
+            {"vllm_start": True, "vllm_public": True, "vllm_server_args": "--host 0.0.0.0"},
+            "vllm_server_args: expected `--api-key` beside --host",
+        ),
     ],
 )
 def test_options_out_of_range(tmp_path, settings, message):

@@ -10,13 +10,14 @@ from transformers.trainer_utils import SaveStrategy
 import opsd_kernels
 from opsd_kernels import named_objectives
 from opsd_train.engines.config import EngineConfig
-from opsd_train.fields import option
+from opsd_train.fields import check_finite, option
 from opsd_train.inherited import check_inherited
 from opsd_train.method_config import MethodConfig
 from opsd_train.objectives import objective
 from opsd_train.pieces.config import PiecesConfig
 from opsd_train.reading import prompts
 from opsd_train.reading.config import ThinkingConfig
+from opsd_train.redaction import redact, redacted
 from opsd_train.safety.config import SafetyConfig
 from opsd_train.safety.zero_options import check_options as check_zero
 from opsd_train.teachers.rule import TeacherRule
@@ -147,6 +148,7 @@ class OPSDConfig(
             # As a command line and a YAML file say it; TrainingArguments takes a word for names of FSDP1.
             self.fsdp = self.fsdp.lower() == "true"  # type: ignore[assignment]
         check_inherited(self)
+        check_finite(self)
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for
@@ -169,6 +171,15 @@ class OPSDConfig(
         _in_range("rollouts_recorded", self.rollouts_recorded, least=0)
         if self.generation_batch_size is not None:
             _in_range("generation_batch_size", self.generation_batch_size, least=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers are told: everything but passwords and keys."""
+        return redacted(super().to_dict())
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+    __repr__ = __str__
 
     def check_devices(self) -> None:
         """ValueError unless every process has one device, and goes with what else was asked for."""

@@ -89,7 +89,7 @@ class MethodConfig:
         else:
             self._without_objective()
             get_method(self.method).recipe(**self._options)
-            Verifier.named(self._verifier_name)
+        Verifier.named(self._verifier_name)
 
     def longest(self, step: int, most: int) -> int:
         """Tokens that a rollout may have at an optimizer step, at most `most`."""

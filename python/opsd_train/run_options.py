@@ -8,7 +8,7 @@ from opsd_train.data.generated import HELD_OUT_SEED
 from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.data.rows import Reading
 from opsd_train.data.sources import Choice
-from opsd_train.fields import json_object, option
+from opsd_train.fields import check_finite, json_object, option
 
 
 @dataclass
@@ -58,6 +58,7 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
         self.columns = json_object("columns", self.columns or {})
         for ours, theirs in self.columns.items():
             if not isinstance(theirs, str):

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from opsd_train.redaction import redact
+
 logger = logging.getLogger(__name__)
 console = Console()
 OWN = {"opsd_train", "opsd_kernels"}
@@ -37,9 +39,8 @@ def _as_line(
 ) -> str:
     """A warning as the driver says it; where one of another package is from stands behind it."""
     own = category is UserWarning and OWN.intersection(Path(filename).parts)
-    return (
-        f"warning: {message}\n" if own else f"warning: {message} ({category.__name__}, {filename}:{lineno})\n"
-    )
+    said = redact(str(message))
+    return f"warning: {said}\n" if own else f"warning: {said} ({category.__name__}, {filename}:{lineno})\n"
 
 
 def show(table: Table) -> None:
@@ -57,7 +58,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _complain("error", str(error))
         raise typer.Exit(code=2) from None
 
 
@@ -79,5 +80,11 @@ def early_ends() -> Iterator[None]:
     except (Stopped, BadSteps, EngineError, CheckpointError, ValueError, OSError) as error:
         logger.debug("ended", exc_info=True)
         said = "; ".join([str(error), *getattr(error, "__notes__", [])])
-        Console(stderr=True).print(f"[red]ended:[/red] {escape(said)}", highlight=False, soft_wrap=True)
+        _complain("ended", said)
         raise typer.Exit(code=error.code if isinstance(error, Stopped) else 1) from None
+
+
+def _complain(how: str, why: str) -> None:
+    """One message, without passwords and keys."""
+    said = f"[red]{how}:[/red] {escape(redact(why))}"
+    Console(stderr=True).print(said, highlight=False, soft_wrap=True)

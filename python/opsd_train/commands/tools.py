@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, show, user_errors
+from opsd_train.redaction import redact
 from opsd_train.run_folder import check_new, of_its_own
 
 tools = typer.Typer()
@@ -53,7 +54,7 @@ def compare(
         prepare = partial(demo_run.demo, command=COMMAND)
         task = Task("the demo's model, on three-digit addition", prepare)
         outcomes = execute(plan, task, console)
-    found = summarise(plan, outcomes, shlex.join(map(str, words)), task.model)
+    found = summarise(plan, outcomes, redact(shlex.join(map(str, words))), task.model)
     written = compare_report.write(found, out)
     show(compare_report.table(found))
     console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 The standard library's `http.client` does it: what comes with transformers differs between its versions.
 """
 
+import base64
 import math
 import threading
 import time
@@ -10,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.exchange import Exchange
 from opsd_train.engines.patience import Patience
+from opsd_train.redaction import redacted_url
 from opsd_train.safety import stops
 
 LOOK = 1.0  # seconds between two looks for a signal
@@ -24,18 +26,37 @@ class ServerClient:
     """Calls to one server.
 
     Args:
-        url: such as http://127.0.0.1:8000.
+        url: such as http://127.0.0.1:8000, or http://user:password@host:port; `url` has no password.
         patience: when a call is given up.
+        api_key: of the server, which is sent with every call.
+        option: that gave the URL.
 
     Raises:
         ValueError: a URL that is none.
     """
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"vllm_url: expected http://host:port, got {url!r}")
-        self.url, self.patience = url.rstrip("/"), patience or Patience()
+    def __init__(
+        self,
+        url: str,
+        patience: Patience | None = None,
+        api_key: str | None = None,
+        option: str = "vllm_url",
+    ) -> None:
+        try:
+            parts = urlsplit(url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
+        except ValueError:  # of the port, or of brackets
+            sound = False
+        if not sound:
+            raise ValueError(f"{option}: expected http://host:port, got {redacted_url(url)!r}")
+        self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+        self.patience = patience or Patience()
+        self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        if parts.username is not None:
+            if api_key is not None:
+                raise ValueError(f"{option}: expected no password beside an API key")
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self.headers = {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
     def get(self, path: str) -> Any:
         """The JSON that the server answers; None for an empty answer."""
@@ -74,7 +95,7 @@ class ServerClient:
         heed: bool = False,
     ) -> list[Any]:
         def one(body: Any, beat: "_Beat") -> Any:
-            with beat.exchange(self, Exchange(self.url, method, path, seconds), body) as exchange:
+            with beat.exchange(self, self._exchange(method, path, seconds), body) as exchange:
                 return exchange.answer()
 
         return self._each(one, bodies, concurrency, quiet, heed)
@@ -88,7 +109,7 @@ class ServerClient:
 
         def one(body: Any, beat: "_Beat") -> list[Any]:
             found = []
-            request = Exchange(self.url, "POST", path, self.patience.request)
+            request = self._exchange("POST", path, self.patience.request)
             with beat.exchange(self, request, body) as exchange:
                 for event in exchange.events():
                     beat.hear()
@@ -113,8 +134,11 @@ class ServerClient:
                 raise EngineError(f"{ill}; it was waited for {seconds:.0f} s")
             time.sleep(0.5)
 
+    def _exchange(self, method: str, path: str, timeout: float) -> Exchange:
+        return Exchange(self.url, method, path, timeout, self.headers)
+
     def _ask(self, method: str, path: str, body: Any, timeout: float) -> Any:
-        exchange = Exchange(self.url, method, path, timeout)
+        exchange = self._exchange(method, path, timeout)
         try:
             exchange.send(body, timeout)
             return exchange.answer()

@@ -3,7 +3,7 @@
 import http.client
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,11 +22,15 @@ class Exchange:
         method: GET or POST.
         path: on the server, with its query.
         timeout: seconds that the server may be silent.
+        headers: further ones of the request.
     """
 
-    def __init__(self, url: str, method: str, path: str, timeout: float) -> None:
+    def __init__(
+        self, url: str, method: str, path: str, timeout: float, headers: Mapping[str, str] | None = None
+    ) -> None:
         parts = urlsplit(url)
         self.url, self.method, self.path, self.timeout = url, method, path, timeout
+        self.headers = {"Connection": "close", **(headers or {})}
         self.prefix = parts.path.rstrip("/")
         assert parts.hostname is not None
         self.connection = CONNECTIONS[parts.scheme](parts.hostname, parts.port)
@@ -38,7 +42,7 @@ class Exchange:
         """Connect within `connect` seconds and send the body as JSON, if there is one."""
         self.connection.timeout = self.waiting = min(connect, self.timeout)
         data = None if body is None else json.dumps(body)
-        headers = {"Connection": "close"} | ({} if data is None else {"Content-Type": "application/json"})
+        headers = self.headers | ({} if data is None else {"Content-Type": "application/json"})
         try:
             self.connection.connect()
             self.socket = self.connection.sock

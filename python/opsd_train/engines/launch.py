@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 from opsd_train.engines import keeper
 from opsd_train.engines.base import EngineError
 from opsd_train.engines.client import ServerClient
+from opsd_train.engines.server_args import ServerArguments
+from opsd_train.redaction import redact, redacted_url
 from opsd_train.run_folder import SERVER_LOG
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -42,7 +44,7 @@ class Launch:
     url: str
     model: str
     sync: str = "disk"
-    arguments: str = ""
+    arguments: ServerArguments = field(default_factory=ServerArguments)
     python: str = sys.executable
     log: Path = field(default=Path(SERVER_LOG))
     rank: int = 16
@@ -51,7 +53,8 @@ class Launch:
         parts = urlsplit(self.url)
         if parts.hostname not in ("127.0.0.1", "localhost") or parts.port is None:
             raise ValueError(
-                f"vllm_url: expected http://127.0.0.1:PORT for a server that the run starts; got {self.url!r}"
+                f"vllm_url: expected http://127.0.0.1:PORT for a server that the run starts; got "
+                f"{redacted_url(self.url)!r}"
             )
 
     @property
@@ -62,18 +65,20 @@ class Launch:
         rank = []
         if self.sync == "lora":
             rank = ["--max-lora-rank", str(next(one for one in RANKS if one >= self.rank))]
-        return [self.python, "-m", MODULE, *own, *FLAGS[self.sync], *rank, *shlex.split(self.arguments)]
+        return [self.python, "-m", MODULE, *own, *FLAGS[self.sync], *rank, *self.arguments.words]
 
     @property
     def environment(self) -> dict[str, str]:
-        """The switches of the routes that weights arrive by."""
+        """The switches of the routes that weights arrive by, and the key."""
         switches = {"VLLM_SERVER_DEV_MODE": "1"}
+        if self.arguments.api_key is not None:  # not an argument, which lists of processes and the log show
+            switches["VLLM_API_KEY"] = self.arguments.api_key
         return switches | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.sync == "lora" else {})
 
     def __str__(self) -> str:
-        """A line for a shell."""
+        """A line for a shell, without the key."""
         switches = [f"{name}={value}" for name, value in self.environment.items()]
-        return " ".join([*switches, shlex.join(self.command)])
+        return redact(" ".join([*switches, shlex.join(self.command)]))
 
 
 class ChildServer:

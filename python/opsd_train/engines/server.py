@@ -182,7 +182,7 @@ def make(
         EngineError: the server is not there.
     """
     is_main = config.process_index == 0
-    client = ServerClient(config.vllm_url, config.patience)
+    client = ServerClient(config.vllm_url, config.patience, config.server_arguments.api_key)
     run = _name()
     shared = Path(config.vllm_sync_dir or Path(config.output_dir or ".") / FOLDER)
     with ExitStack() as started:
@@ -250,7 +250,7 @@ def _launch(config: OPSDConfig, student: torch.nn.Module, model: str) -> Launch:
         url=config.vllm_url,
         model=model,
         sync=config.vllm_sync,
-        arguments=config.vllm_server_args,
+        arguments=config.server_arguments,
         python=config.vllm_python or sys.executable,
         log=Path(config.output_dir or ".") / SERVER_LOG,
         rank=rank,

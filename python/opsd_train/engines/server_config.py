@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from opsd_train.engines.patience import Patience
+from opsd_train.engines.server_args import ServerArguments
 from opsd_train.fields import option
+from opsd_train.redaction import redact
 
 SYNCS = ("disk", "nccl", "lora")
 
@@ -18,6 +20,11 @@ class ServerConfig:
     )
     vllm_server_args: str = option(
         "", 'Further arguments of the server that vllm_start starts, say "--dtype float32 --enforce-eager".'
+    )
+    vllm_public: bool = option(
+        False,
+        "Let vllm_server_args open the server that vllm_start starts, with `--host`, to other machines: it "
+        "obeys whoever reaches it, and needs an `--api-key` then.",
     )
     vllm_python: str | None = option(
         None, "The interpreter of the server that vllm_start starts, with vLLM installed; None is this one."
@@ -58,11 +65,17 @@ class ServerConfig:
         if self.vllm_server_args and not self.vllm_start:
             raise ValueError(
                 "vllm_server_args: expected nothing without vllm_start, since the server at vllm_url runs "
-                f"already; got {self.vllm_server_args!r}"
+                f"already; got {redact(self.vllm_server_args)!r}"
             )
+        self.server_arguments.check(self.vllm_public)
         host, _, port = self.vllm_master.rpartition(":")
         if not host or not port.isdecimal():
             raise ValueError(f"vllm_master: expected host:port, got {self.vllm_master!r}")
+
+    @property
+    def server_arguments(self) -> ServerArguments:
+        """Those of `vllm_server_args`."""
+        return ServerArguments.of(self.vllm_server_args)
 
     @property
     def patience(self) -> Patience:

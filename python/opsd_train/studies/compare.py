@@ -22,6 +22,7 @@ from opsd_kernels import methods, named_objectives
 from opsd_train.backbone import completion_hidden, head_source
 from opsd_train.commands.options import check_known
 from opsd_train.config import OPSDConfig
+from opsd_train.redaction import redact, redacted
 from opsd_train.rollouts import Rollout, collate, evaluating
 from opsd_train.run_folder import FILES, check_output
 from opsd_train.train import run
@@ -207,7 +208,7 @@ def execute(plan: Plan, task: Task, console: Console) -> list[Outcome]:
             try:
                 measured = _run(plan, method, seed, folder, task, console)
             except Exception as failure:  # whatever it is, it is this run's: the table says it
-                error = f"{type(failure).__name__}: {failure}"
+                error = redact(f"{type(failure).__name__}: {failure}")
                 console.print(f"failed: {error}", style="red", markup=False, highlight=False)
         outcomes.append(Outcome(method, seed, folder, measured, error))
     return outcomes
@@ -271,7 +272,7 @@ def _finished(folder: Path, arguments: list[str], samples: int) -> Measured | No
     found: dict[str, Any] | None = load_run(folder).info.get("comparison")
     if found is None:
         return None
-    for name, wanted in (("arguments", arguments), ("samples", samples)):
+    for name, wanted in (("arguments", redacted(arguments)), ("samples", samples)):
         if found[name] != wanted:
             raise ValueError(
                 f"out: {folder} holds a finished run with {name} {found[name]}, expected {wanted}; choose "

@@ -17,6 +17,7 @@ from opsd_train.description import PACKAGES
 from opsd_train.evaluation.passk import Interval
 from opsd_train.json_files import dumps, write_atomically
 from opsd_train.reading.prompts import Prompt
+from opsd_train.redaction import redacted
 from opsd_train.rollouts import Sampling, Vocabulary
 from opsd_train.studies.alignment import Diagnosis
 from opsd_train.studies.compare import Method, parse_methods
@@ -104,7 +105,9 @@ def write(found: Diagnosis, request: Request, path: Path) -> None:
     """The numbers, with what was asked for and the versions, as JSON."""
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dumps({"request": asdict(request), "versions": versions, **found}, indent=1))
+    write_atomically(
+        path, dumps({"request": redacted(asdict(request)), "versions": versions, **found}, indent=1)
+    )
 
 
 def _drawn(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:

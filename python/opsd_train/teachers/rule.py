@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from opsd_train.redaction import redacted_url
 from opsd_train.teachers.served import ServedRule
 
 KINDS = ("initial", "live", "ema", "sync", "trust_region", "model", "served")
@@ -54,7 +55,8 @@ class TeacherRule:
 
     def __str__(self) -> str:
         if self.served is not None:
-            return f"served by {self.served.url}, the student's {self.served.top_k} most likely tokens"
+            url = redacted_url(self.served.url)
+            return f"served by {url}, the student's {self.served.top_k} most likely tokens"
         every = f" every {self.every} steps" if self.every > 1 else ""
         copied = f", copied every {self.copy_every}" if self.copy_every else ""
         return {

@@ -67,7 +67,7 @@ class Scorer:
 
     def __init__(self, rule: ServedRule, tokenizer: PreTrainedTokenizerBase) -> None:
         self.rule = rule
-        self.client = ServerClient(rule.url, rule.patience)
+        self.client = ServerClient(rule.url, rule.patience, option="teacher_url")
         self.name = served_name(self.client)
         check_vocabulary(self.client, tokenizer, "teacher_url")
         self.size = len(tokenizer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from opsd_kernels import Objective, Support
 from opsd_train.engines.patience import Patience
 from opsd_train.fields import option
+from opsd_train.redaction import redacted_url
 from opsd_train.teachers.served import SCORES, ServedRule
 
 
@@ -37,7 +38,8 @@ class ServedConfig:
         is_served = getattr(self, "teacher", "initial") == "served"
         if is_served != (self.teacher_url is not None):
             raise ValueError(
-                f"teacher_url: expected a URL with teacher 'served' and only then; got {self.teacher_url!r}"
+                "teacher_url: expected a URL with teacher 'served' and only then; got "
+                f"{redacted_url(self.teacher_url or 'none')!r}"
             )
         if not is_served:
             return

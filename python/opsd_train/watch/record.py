@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from opsd_train.json_files import dumps, write_atomically
+from opsd_train.redaction import redacted
 from opsd_train.run_folder import EVALUATIONS, FILES, INFO, METRICS, ROLLOUTS
 from opsd_train.safety.folders import move
 from opsd_train.watch.completions import kept, step_of
@@ -140,8 +141,11 @@ class RunRecord:
         self._extend(ROLLOUTS, list(rollouts))
 
     def write_info(self, info: Mapping[str, Any]) -> None:
-        """Write run.json. A value that JSON has no form for (a path, a dtype) is written as its `str`."""
-        write_atomically(self.directory / INFO, dumps(info, indent=1, default=str))
+        """Write run.json. What JSON has no form for (a path, a dtype) is written as its `str`.
+
+        Passwords and keys are not written.
+        """
+        write_atomically(self.directory / INFO, dumps(redacted(info), indent=1, default=str))
 
     def exists(self) -> bool:
         """Whether there is anything of a run yet."""
