@@ -46,6 +46,7 @@ class Call:
         backend = backends.choose(options.backend, device)
         if backend == backends.REFERENCE:
             validation.check_reference(options)
+        validation.check_ratio(objective, backend)
         packed = packing.Options(
             objective=objective,
             temperature=options.temperature,
@@ -189,8 +190,11 @@ class Call:
     def _budget_is_tight(self) -> bool:
         """Whether the budget is too small for design A, and slabs of columns can be taken instead."""
         head = self.student.tensors[1:2]
-        slabs = self.packed.backend not in backends.WITHOUT_SLABS and self.packed.objective.support is None
-        if not slabs or needs_whole_rows(self.teacher) or self.options.grad_filter is not None:
+        objective = self.packed.objective
+        whole = objective.support is not None or objective.ratio_bound is not None
+        if whole or self.packed.backend in backends.WITHOUT_SLABS:
+            return False
+        if needs_whole_rows(self.teacher) or self.options.grad_filter is not None:
             return False
         if not (head and head[0].requires_grad):
             return False

@@ -106,4 +106,4 @@ def _with_given(objective: Objective, parts: Parts) -> Objective:
     objectives = [dense.objective for dense in parts.dense if dense.objective is not None]
     supports = [x.support for x in objectives] + [x.support for x in parts.gathers]
     given = [support for support in supports if support is not None and support.of == "given"]
-    return replace(objective, support=given[0]) if given else objective
+    return replace(objective.of_rows, support=given[0]) if given else objective

@@ -16,7 +16,7 @@ def eager_loss(
     student: Source,
     teacher: Source,
     *,
-    objective: str | Objective = "opsd",
+    objective: str | Objective = "forward_kl",
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -32,6 +32,9 @@ def eager_loss(
     ls = _eager_log_probs(student, vocab_size, temperature)
     lt = _eager_log_probs(teacher, vocab_size, temperature).detach()
     chosen = get_objective(objective)
+    if chosen.ratio_bound is not None:
+        c, d = chosen.ratio_bound, ls.detach()
+        lt, chosen = F.log_softmax(d + (lt - d).clamp(-c, c), dim=-1), chosen.of_rows
     token = _eager_clip(_eager_terms(ls, lt, chosen), chosen.entry_clip, chosen.clip_mode).sum(-1)
     token = _eager_clip(token, chosen.token_clip, chosen.clip_mode)
     keep = torch.ones_like(token) if mask is None else mask.to(token)

@@ -1,11 +1,11 @@
 """What is minimised at one token: a divergence between student and teacher, its support and its clips."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opsd_kernels import divergences
 
-CLIP_MODES = ("zero", "scale")
+CLIP_MODES = ("zero", "scale", "ratio")
 DEFAULT_BETA = 0.5
 OWNERS = ("student", "teacher", "union", "intersection", "given")
 RESTS = ("tail", "renormalise", "drop", "renormalise_teacher")
@@ -56,7 +56,26 @@ class Support:
 
 @dataclass(frozen=True)
 class Objective:
-    """Token loss L = sum_v min(l_v, entry_clip), then min(L, token_clip).
+    """Token loss L = sum_v min(l_v, entry_clip), then min(L, token_clip); another with `clip_mode="ratio"`.
+
+    No clip of the signed terms keeps the direction of the gradient. For the forward KL, s and t of an entry,
+    dL/dz_v = s_v sum_u a_u - a_v with a_u = t_u where l_u <= tau. What clips take from the sum is missing in
+    the first part of every entry's gradient and only the clipped entry's own part shrinks with it:
+
+    - `"zero"`: a_v = 0, so a clipped entry has the gradient s_v sum_u a_u >= 0: it is pushed *down*, although
+      l_v > tau > 0 means that the teacher wants more of it.
+    - `"scale"`: a_v = tau / ln(t_v / s_v). It is pushed down where s_v sum_u a_u > a_v. With all other terms
+      whole that is s (1 - t) ln(t / s) > (1 - s) tau: at tau = 0.05 possible for teachers between 15 and
+      92 %, from tau = 0.12 on never. Where other entries are clipped too it happens less.
+
+    On a real model (SmolLM2-135M on word problems, README) the published clip left 18.0 % of 23.8 % greedy
+    accuracy and the scaled one 40.2 %, where forward KL without a clip came to 60.2 %.
+
+    `"ratio"` cannot do that. It is the forward KL to a target whose log-ratio to the student is bounded:
+    with r_v = log t_v - log s_v and s detached, t'_v = s_v exp(clip(r_v, -c, c)) / Z,
+    Z = sum_u s_u exp(clip(r_u, -c, c)), and dL/dz = s - t'. Let v* be the entry of the largest log-ratio:
+    Z is a mean of exp(clip(r_u)) under s, hence Z <= exp(clip(r_v*)), t'_v* >= s_v* and dL/dz_v* <= 0: what
+    the teacher raises most is never pushed down. No divergence of t' from s exceeds that of t.
 
     Args:
         divergence: a name of `divergences.def`: `"forward_kl"` is KL(t || s), `"reverse_kl"` is KL(s || t),
@@ -74,11 +93,13 @@ class Objective:
             `"skew_forward"`, in [0, 1) and forward KL at 0; 1 - beta for `"skew_reverse"`, in (0, 1] and
             reverse KL at 1. That of `"alpha"` is in (0, 1): towards 1 forward KL, towards 0 reverse KL.
         entry_clip: tau, an upper bound of the *signed* term l_v of each vocabulary entry, applied before the
-            sum (OPSD, arXiv 2601.18734; tau 0.05). The sum of a token may then be negative.
+            sum (OPSD, arXiv 2601.18734; tau 0.05). The sum of a token may then be negative, and the loss
+            fall while the divergence rises. With `"ratio"` it is c, in nats, say 1.
         clip_mode: what happens to the gradient of a clipped term. `"zero"`, as published: the entry's own
-            gradient is dropped and the softmax normaliser's stays, so the entry is pushed *down*. `"scale"`:
-            the term is multiplied by tau / l_v with the factor detached, so its pull shrinks to the size of
-            tau and never flips. The value is the same. Also applies to `token_clip`.
+            gradient is dropped and the softmax normaliser's stays. `"scale"`: the term is multiplied by
+            tau / l_v with the factor detached; the value is the same. Both also apply to `token_clip`.
+            `"ratio"`: the forward KL to a teacher of bounded log-ratio, over the whole vocabulary; its
+            `token_clip` scales. Excluded columns of the teacher count as those of the lowest ratio.
         token_clip: upper bound of the token's loss after the sum.
         support: the entries v of the sum; None for the whole vocabulary.
     """
@@ -110,6 +131,32 @@ class Objective:
             bound = getattr(self, name)
             if bound is not None and not (_is_number(bound) and bound > 0):
                 raise ValueError(f"{name}: expected a number above 0 or None; got {bound!r}")
+        if self.clip_mode == "ratio":
+            self._check_ratio()
+
+    def _check_ratio(self) -> None:
+        """What `clip_mode="ratio"` needs."""
+        if self.entry_clip is None:
+            raise ValueError(
+                "entry_clip: expected the bound of the log-ratio for clip_mode 'ratio'; got None"
+            )
+        if self.term.name != "forward_kl":
+            raise ValueError(
+                f"clip_mode: expected zero or scale for {self.divergence!r}, 'ratio' is of the forward KL; "
+                "got 'ratio'"
+            )
+        if self.support is not None:
+            raise ValueError(f"support: expected None for clip_mode 'ratio'; got {self.support}")
+
+    @property
+    def ratio_bound(self) -> float | None:
+        """c of `clip_mode="ratio"`; None with another clip or none."""
+        return self.entry_clip if self.clip_mode == "ratio" else None
+
+    @property
+    def of_rows(self) -> "Objective":
+        """What a backend's row functions evaluate: the teacher's log-ratio has been bounded before."""
+        return self if self.ratio_bound is None else replace(self, entry_clip=None, clip_mode="scale")
 
     @property
     def term(self) -> divergences.Divergence:

@@ -18,8 +18,8 @@ class TokenStats(NamedTuple):
 
     forward_kl is KL(t || s), reverse_kl KL(s || t), jsd the Jensen-Shannon divergence at beta = 1/2, all
     without clips; the log-probs are those of `token_ids`, NaN without them; top1_agreement is 1 or 0;
-    clipped_fraction is the share of the loss that the clips remove; dropped_share what `grad_filter` left
-    out.
+    clipped_fraction is the share of the divergence that the clips remove; dropped_share what `grad_filter`
+    left out.
     """
 
     forward_kl: Tensor
@@ -37,8 +37,9 @@ class TokenStats(NamedTuple):
     top1_agreement: Tensor
     """1 where both have the same most likely token, else 0."""
     clipped_fraction: Tensor
-    """Share of the loss that the objective's clips remove: of the sum of the positive terms l_v for
-    `entry_clip`, of the token's loss for `token_clip`; in [0, 1]."""
+    """Share of the token's divergence that the objective's clips remove, 1 - clipped / unclipped: above 1
+    where the clipped terms sum to less than 0. Of a support that is a part of the vocabulary (`"drop"`,
+    `"renormalise_teacher"`), whose terms may sum to anything, the share of the positive terms' sum."""
     dropped_share: Tensor
     """Share of the row's sum of |dL/dz| that `grad_filter` left out of dH and dW; 0 without a filter."""
 
@@ -53,7 +54,7 @@ Denominator = float | Tensor | Mapping[str, float | Tensor] | None
 class LossOptions:
     """The options of `loss`, with its defaults; their meaning is documented there."""
 
-    objective: "str | Objective | Recipe" = "opsd"
+    objective: "str | Objective | Recipe" = "forward_kl"
     mask: Tensor | None = None
     rows: Tensor | None = None
     token_weight: TokenWeight | None = None

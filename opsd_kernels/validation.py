@@ -21,6 +21,12 @@ def check_reference(options: Any) -> None:
             raise ValueError(f"{name}: expected None with backend='reference'; got a value")
 
 
+def check_ratio(objective: Objective, backend: str) -> None:
+    """Logits of 2 bytes cannot hold a bounded teacher."""
+    if objective.ratio_bound is not None and backend == "triton_paired":
+        raise ValueError(f"clip_mode: expected zero or scale with backend {backend!r}; got 'ratio'")
+
+
 def check_options(options: Any, objective: Objective, student: Source, teacher: Teacher, vocab: int) -> None:
     """Everything in `LossOptions` but the objective and the vocabulary."""
     lead, device = student.lead, student.tensors[0].device

@@ -162,6 +162,13 @@ def clipped(x: Tensor, bound: float | None, mode: str) -> Tensor:
     return x * torch.where(x > bound, bound / x, 1.0).detach()
 
 
+def log_bounded(ls: Tensor, lt: Tensor, bound: float) -> Tensor:
+    """log of t' ~ s min(max(t / s, e^-bound), e^bound), s detached."""
+    s = ls.detach()
+    ratio = torch.where(s == -INF, 0.0, lt - torch.where(s == -INF, 0.0, s)).clamp(-bound, bound)
+    return torch.log_softmax(s + ratio, dim=1)
+
+
 def entry_terms(ls: Tensor, lt: Tensor, objective: Objective, given: Tensor | None = None) -> Tensor:
     """Signed terms, before any clip, over what the objective's support leaves."""
     if objective.support is not None:
@@ -172,6 +179,9 @@ def entry_terms(ls: Tensor, lt: Tensor, objective: Objective, given: Tensor | No
 
 def token_losses(ls: Tensor, lt: Tensor, objective: Objective, given: Tensor | None = None) -> Tensor:
     """`[n]` token losses."""
+    if objective.ratio_bound is not None:
+        bounded = log_bounded(ls, lt, objective.ratio_bound)
+        return clipped(entry_terms(ls, bounded, objective, given).sum(1), objective.token_clip, "scale")
     entries = clipped(entry_terms(ls, lt, objective, given), objective.entry_clip, objective.clip_mode)
     return clipped(entries.sum(1), objective.token_clip, objective.clip_mode)
 
@@ -181,7 +191,7 @@ def define(
     teacher: Any,
     *,
     dtype: torch.dtype = torch.float64,
-    objective: str | Objective = "opsd",
+    objective: str | Objective = "forward_kl",
     mask: Tensor | None = None,
     rows: Tensor | None = None,
     token_weight: Tensor | None = None,

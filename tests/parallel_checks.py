@@ -39,6 +39,7 @@ CLIPPED = (
     Objective("reverse_kl", token_clip=0.1),
     Objective("forward_kl", token_clip=0.1, clip_mode="scale"),
     Objective("mixed", beta=0.4, entry_clip=0.05, token_clip=0.3, clip_mode="scale"),
+    Objective("forward_kl", entry_clip=0.5, clip_mode="ratio"),
 )
 
 

@@ -148,7 +148,7 @@ OBJECTIVES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "entry clip": (lambda: Objective(entry_clip=0.0), ("entry_clip", "above 0", "0.0")),
     "NaN entry clip": (lambda: Objective(entry_clip=float("nan")), ("entry_clip", "above 0", "nan")),
     "token clip": (lambda: Objective(token_clip=-1.0), ("token_clip", "above 0", "-1.0")),
-    "clip mode": (lambda: Objective(clip_mode="hard"), ("clip_mode", "zero, scale", "'hard'")),
+    "clip mode": (lambda: Objective(clip_mode="hard"), ("clip_mode", "zero, scale, ratio", "'hard'")),
     "name": (lambda: get_objective("jsb"), ("objective", "'jsb'", "did you mean 'jsd'")),
 }
 

@@ -152,12 +152,14 @@ def weighted(h: Any, t: Any, w: Any, keep: Any, temperature: float) -> Any:
     student = Hidden(h, w, softcap=9.0)
     teacher = LogLinear([(0.6, Hidden(t, w, softcap=9.0)), (0.4, Hidden(h.detach(), w, softcap=9.0))])
     weight = lambda stats: stats.jsd + stats.student_entropy.sigmoid()  # noqa: E731
-    return loss(student, teacher, mask=keep, token_weight=weight, temperature=temperature)
+    ratio = Objective("forward_kl", entry_clip=1.0, clip_mode="ratio")
+    return loss(student, teacher, objective=ratio, mask=keep, token_weight=weight, temperature=temperature)
 
 
 def with_stats(h: Any, t: Any, w: Any, keep: Any, temperature: float) -> Any:
     ids = torch.zeros(h.shape[:-1], dtype=torch.int64)
-    found = loss_and_stats(h, t, w, mask=keep, token_ids=ids, grad_filter=1e-3, temperature=temperature)
+    options: dict[str, Any] = {"mask": keep, "temperature": temperature}
+    found = loss_and_stats(h, t, w, objective="opsd", token_ids=ids, grad_filter=1e-3, **options)
     other = token_stats(h, t, w, objective=Objective("jsd", entry_clip=0.01), temperature=temperature)
     return found.loss + (found.stats.student_logprob + other.clipped_fraction).sum()
 

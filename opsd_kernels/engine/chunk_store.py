@@ -14,7 +14,7 @@ from opsd_kernels.engine import plan, supports
 from opsd_kernels.engine.gradients import Gradients, safe_unit
 from opsd_kernels.engine.problem import Problem
 from opsd_kernels.engine.projection import Projection
-from opsd_kernels.engine.rows import GradientForm
+from opsd_kernels.engine.rows import GradientForm, share_removed
 from opsd_kernels.engine.teachers import prepare, several
 from opsd_kernels.objectives import Objective, Support
 from opsd_kernels.sources import TopK
@@ -135,7 +135,8 @@ def row_gradient_(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Token losses `[C]` and coefficient * dL/dz in place of the logits, over the objective's support."""
     if objective.support is None:
-        losses, dz = backend.row_gradient_(z_s, z_t, objective, coefficient, form)
+        bound_ratio_(z_s, z_t, objective.ratio_bound, backend)
+        losses, dz = backend.row_gradient_(z_s, z_t, objective.of_rows, coefficient, form)
     else:
         given = given_entries(problem, objective.support, span)
         losses, dz = supports.row_gradient_(z_s, z_t, objective, given, coefficient, form, backend)
@@ -147,7 +148,10 @@ def row_loss(
 ) -> Tensor:
     """Token losses `[C]`; the logits are left as they are."""
     if objective.support is None:
-        losses: Tensor = backend.row_loss(z_s, z_t, objective).loss
+        if objective.ratio_bound is not None:
+            z_t = z_t.clone()
+            bound_ratio_(z_s, z_t, objective.ratio_bound, backend)
+        losses: Tensor = backend.row_loss(z_s, z_t, objective.of_rows).loss
         return losses
     given = given_entries(problem, objective.support, span)
     selection = supports.Selection.of(z_s, z_t, objective.support, given, backend)
@@ -163,7 +167,7 @@ def row_stats(
         ids = torch.zeros(span.stop - span.start, dtype=torch.int64, device=problem.device)
     else:
         ids = problem.token_ids[span]
-    stats: dict[str, Tensor] = backend.row_stats(z_s, z_t, problem.objective, ids)
+    stats: dict[str, Tensor] = backend.row_stats(z_s, z_t, problem.objective.of_rows, ids)
     if problem.token_ids is None:
         absent = torch.full_like(stats["forward_kl"], torch.nan)
         stats |= {"student_logprob": absent, "teacher_logprob": absent}
@@ -172,10 +176,26 @@ def row_stats(
         selection = supports.Selection.of(z_s, z_t, problem.objective.support, given, backend)
         selection.restore_(z_s, z_t)
         stats["clipped_fraction"] = supports.row_loss(selection, problem.objective).clipped
+    elif problem.objective.ratio_bound is not None:
+        loss = row_loss(problem, backend, problem.objective, z_s, z_t, span)
+        stats["clipped_fraction"] = share_removed(stats["forward_kl"], loss)
     first = several(problem.teacher)[:1]
     if first and isinstance(first[0], TopK):
         stats |= {name: torch.full_like(stats[name], torch.nan) for name in OF_WHOLE_TEACHER}
     return stats | {"dropped_share": torch.zeros_like(stats["forward_kl"])}
+
+
+def bound_ratio_(z_s: Tensor, z_t: Tensor, bound: float | None, backend: ModuleType) -> None:
+    """Bounds log t - log s of every entry in the teacher's logits `[C, V]`, up to a constant of each row."""
+    if bound is None:
+        return
+    top_s, sum_s, top_t, sum_t = backend.normalisers(z_s, z_t)
+    shift = (top_t - top_s) + (sum_t.log() - sum_s.log()).to(z_t.dtype)
+    z_t -= z_s
+    z_t -= shift[:, None]
+    # A column that the student excludes has no ratio and stays excluded.
+    z_t.masked_fill_(z_s == -torch.inf, 0.0).clamp_(-bound, bound)
+    z_t += z_s
 
 
 def given_entries(problem: Problem, support: Support, span: slice) -> Tensor | None:

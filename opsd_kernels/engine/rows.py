@@ -74,7 +74,7 @@ def clip_tokens(loss: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
 
 
 def clipped_fraction(positive: Tensor, kept: Tensor, loss: Tensor, objective: Objective) -> Tensor:
-    """`[C]` 1 minus what the clips leave: of the positive terms' sum, then of the token's loss.
+    """`[C]` share of the divergence that the clips remove; see `TokenStats`.
 
     Args:
         positive: sum of the positive signed terms.
@@ -82,9 +82,13 @@ def clipped_fraction(positive: Tensor, kept: Tensor, loss: Tensor, objective: Ob
         loss: the divergence before `token_clip`.
         objective: whose clips are meant.
     """
-    left = torch.ones_like(positive)
-    if objective.entry_clip is not None:
-        left = torch.where(positive > 0, kept / positive, left)
-    if objective.token_clip is not None:
-        left = torch.where(loss > objective.token_clip, left * objective.token_clip / loss, left)
-    return 1 - left
+    final = clip_tokens(loss, objective)[0]
+    if objective.support is None or objective.support.is_whole:
+        return share_removed(loss + (positive - kept), final)
+    # The signed terms of a part of the vocabulary may sum to less than 0, which has no shares.
+    return 1 - (1 - share_removed(positive, kept)) * (1 - share_removed(loss, final))
+
+
+def share_removed(whole: Tensor, left: Tensor) -> Tensor:
+    """1 - left / whole, and 0 where nothing is missing or nothing was there."""
+    return torch.where((whole > 0) & (left != whole), 1 - left / whole, 0.0)

@@ -49,7 +49,9 @@ def forward(problem: Problem, backend: ModuleType, with_stats: bool) -> tuple[Te
 
 def by_slabs(problem: Problem) -> bool:
     """Whether the gradient of some columns needs no logits of the others, only the row statistics."""
-    return problem.objective.support is None and not needs_whole_rows(problem.teacher)
+    objective = problem.objective
+    whole = objective.support is not None or objective.ratio_bound is not None
+    return not whole and not needs_whole_rows(problem.teacher)
 
 
 def backward(

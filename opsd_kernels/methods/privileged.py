@@ -21,7 +21,11 @@ def opsd(
     entry_clip: float | None = 0.05, clip_mode: str = "zero", beta: float = 0.0, top_k: int | None = None,
     sampled: bool = False,
 ) -> Recipe:  # fmt: skip
-    """Forward KL (a JSD for beta > 0) with each vocabulary entry's signed term clipped at tau."""
+    """Forward KL (a JSD for beta > 0) with each vocabulary entry's signed term clipped at tau.
+
+    On SmolLM2-135M the published clip lost accuracy (23.8 to 18.0 % greedy) and raised the KL under a falling
+    loss, where the KL without it came to 60.2 %; see `Objective`.
+    """
     if sampled:
         return Recipe((Term(Estimator("k1")),))
     support = None if top_k is None else Support(top_k, "teacher", "renormalise")

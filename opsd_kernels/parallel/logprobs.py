@@ -61,7 +61,7 @@ class _TokenLogProbs(torch.autograd.Function):
         row = torch.zeros(3, problem.live_rows, dtype=torch.float64, device=problem.device)
         for span in walk.spans:
             z = walk.fill_(span)
-            (normaliser,) = shard.rows.normalisers(z)
+            (normaliser,) = shard.rows.of_whole_rows(z)
             columns, here = shard.local(problem.token_ids[span])
             top, log_sum = normaliser.top.double(), normaliser.total.log()
             log_p = torch.where(here, _at(z, columns).double() - top - log_sum, 0.0)

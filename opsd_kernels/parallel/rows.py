@@ -77,7 +77,7 @@ class ShardedRows:
         self, z_s: Tensor, z_t: Tensor, objective: Objective, token_ids: Tensor
     ) -> dict[str, Tensor]:
         """`[C]` values of the fields of `TokenStats`; `token_ids` `[C]` are of the whole vocabulary."""
-        top_s, top_t = self.normalisers(z_s, z_t)
+        top_s, top_t = self.of_whole_rows(z_s, z_t)
         columns, here = self.shard.local(token_ids)
         parts = []
         for rows in blocks(z_s):
@@ -96,7 +96,12 @@ class ShardedRows:
         loss = divergence(value, objective)
         return found | {"clipped_fraction": clipped_fraction(positive, kept, loss, objective)}
 
-    def normalisers(self, *logits: Tensor) -> list[Normaliser]:
+    def normalisers(self, z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As the backend's, of whole rows."""
+        student, teacher = self.of_whole_rows(z_s, z_t)
+        return student.top, student.total, teacher.top, teacher.total
+
+    def of_whole_rows(self, *logits: Tensor) -> list[Normaliser]:
         """Of whole rows, from this rank's columns of each tensor of logits `[C, V_r]`; one collective."""
         local = [column for z in logits for column in _local_normaliser(z, self.shard.start)]
         everyone = self.shard.gather(torch.stack(local))
@@ -113,7 +118,7 @@ class ShardedRows:
         self, z_s: Tensor, z_t: Tensor, objective: Objective, weights: Tensor | None
     ) -> RowStatistics:
         """Of whole rows; the weights a_v of this rank's columns go to `weights`, which may be z_t."""
-        student, teacher = self.normalisers(z_s, z_t)
+        student, teacher = self.of_whole_rows(z_s, z_t)
         parts = []
         for rows in blocks(z_s):
             entries = Entries(_softmax(z_s, student, rows), _softmax(z_t, teacher, rows), objective)

@@ -52,11 +52,13 @@ class OPSDConfig(
         "and `mixed`; None keeps the objective's own.",
     )
     entry_clip: float | None = option(
-        None, "Upper bound of the term of each vocabulary entry; None keeps the objective's own."
+        None,
+        "Bound of the term of each vocabulary entry, or of its log-ratio; None keeps the objective's own.",
     )
     clip_mode: str | None = option(
         None,
-        "`zero` (as published) drops a clipped entry's gradient, `scale` shrinks it; None keeps what it was.",
+        "`zero` (as published) drops a clipped entry's gradient, `scale` shrinks it: both can push down what "
+        "the teacher raises. `ratio` cannot: forward KL to a bounded log-ratio. None keeps what it was.",
     )
     token_clip: float | None = option(
         None, "Upper bound of the loss of a token; None keeps the objective's own."

@@ -5,6 +5,7 @@ It computes in fp64 if an input is fp64, in fp32 otherwise.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def token_stats(problem: Problem) -> dict[str, Tensor]:
         "student_logprob": student_logprob,
         "teacher_logprob": teacher_logprob,
         "top1_agreement": (ls.argmax(-1) == lt.argmax(-1)).to(ls.dtype),
-        "clipped_fraction": _clipped_fraction(_terms_on_support(problem), problem.objective),
+        "clipped_fraction": _clipped_fraction(problem),
         "dropped_share": torch.zeros_like(ls[:, 0]),
     }
 
@@ -119,8 +120,10 @@ def log_probs(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _terms_on_support(problem: Problem) -> Tensor:
-    """`[n, entries]` signed terms over the objective's support."""
+    """`[n, entries]` signed terms over the objective's support, of a teacher that is bounded already."""
     ls, lt = log_probs(problem)
+    if problem.objective.ratio_bound is not None:
+        lt = _bounded(ls, lt, problem.objective.ratio_bound)
     support = problem.objective.support
     if support is None:
         return _terms(ls, lt, problem.objective)
@@ -134,6 +137,13 @@ def _terms_on_support(problem: Problem) -> Tensor:
     else:
         ls, lt = _with_tail(ls, inside), _with_tail(lt, inside)
     return _terms(ls, lt, problem.objective)
+
+
+def _bounded(ls: Tensor, lt: Tensor, bound: float) -> Tensor:
+    """The teacher whose probabilities are between e^-bound and e^bound times the student's, renormalised."""
+    s, t = ls.detach().exp(), lt.exp()
+    t = torch.minimum(torch.maximum(t, s * math.exp(-bound)), s * math.exp(bound))
+    return (t / t.sum(-1, keepdim=True)).log()
 
 
 def known_entries(problem: Problem, support: Support) -> Tensor | None:
@@ -227,6 +237,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _clipped_sum(terms: Tensor, objective: Objective) -> Tensor:
+    if objective.ratio_bound is not None:
+        return _clip(terms.sum(-1), objective.token_clip, "scale")
     token = _clip(terms, objective.entry_clip, objective.clip_mode).sum(-1)
     return _clip(token, objective.token_clip, objective.clip_mode)
 
@@ -240,17 +252,20 @@ def _clip(x: Tensor, bound: float | None, mode: str) -> Tensor:
     return torch.where(x == torch.inf, bound, scaled)
 
 
-def _clipped_fraction(terms: Tensor, objective: Objective) -> Tensor:
-    """Share of the positive terms' sum that `entry_clip` removes, then of the loss by `token_clip`."""
-    kept = torch.ones_like(terms[:, 0])
-    if objective.entry_clip is not None:
-        positive = terms.clamp(min=0)
-        total = positive.sum(-1)
-        kept = torch.where(total > 0, positive.clamp(max=objective.entry_clip).sum(-1) / total, 1.0)
-    if objective.token_clip is not None:
-        token = _clip(terms, objective.entry_clip, objective.clip_mode).sum(-1)
-        kept = torch.where(token > objective.token_clip, kept * objective.token_clip / token, kept)
-    return 1 - kept
+def _clipped_fraction(problem: Problem) -> Tensor:
+    """Share of the divergence that its clips remove, or of its positive terms where it is of a part only."""
+    objective = problem.objective
+    bare = replace(objective, entry_clip=None, token_clip=None, clip_mode="zero")
+    terms = _terms_on_support(replace(problem, options=replace(problem.options, objective=bare)))
+    if objective.support is None or objective.support.is_whole:
+        whole, left = terms.sum(-1), token_loss(problem)
+        # An unclipped loss is the same sum, but for rounding of a target's renormalisation.
+        return torch.where(left < whole, 1 - left / whole, 0.0)
+    positive = terms.clamp(min=0)
+    lost = positive.sum(-1) - _clip(positive, objective.entry_clip, "zero").sum(-1)
+    entries_left = 1 - torch.where(lost > 0, lost / positive.sum(-1), 0.0)
+    token = _clip(terms, objective.entry_clip, "zero").sum(-1)
+    return 1 - entries_left * torch.where(token > 0, _clip(token, objective.token_clip, "zero") / token, 1.0)
 
 
 def _finite(log_p: Tensor) -> Tensor:
