@@ -42,6 +42,7 @@ from opsd_train.watch.journal import Journal
 from opsd_train.watch.meter import peak_memory_gb
 from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, make_progress, say
 from opsd_train.watch.record import RunRecord, load_run
+from opsd_train.watch.trends import TrendsCallback
 
 
 def train(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
@@ -221,12 +222,18 @@ def _train(trainer: OPSDTrainer, journal: Journal | None, console: Console) -> N
     else:
         trainer.add_callback(_Begin(trainer, journal))
         trainer.add_callback(MissedEvaluation(trainer, written))
+    seen = None
+    if journal is not None:
+        trainer.add_callback(seen := TrendsCallback(console, journal.written))
+        journal.info["warnings"] = seen.told
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         if progress is not None:
             progress.close()
     look(trainer, written, console)
+    if seen is not None:
+        seen.finish()
 
 
 def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> None:

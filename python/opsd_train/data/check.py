@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opsd_kernels import Objective, methods
 from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import Refuse
 from opsd_train.data.rows import Row, load_rows
@@ -65,7 +66,7 @@ def check(options: RunOptions, config: OPSDConfig, reader: Reader | None) -> Fin
         Counter(name for row in rows for name in row.columns),
         Counter(_convention(row.columns) for row in rows),
         refused,
-        _of_texts(rows, privileged=config.method is None),
+        _of_clips(config) + _of_texts(rows, privileged=config.method is None),
         len(rows) + len(refused),
     )
     if reader is not None:
@@ -130,6 +131,21 @@ def _encode(found: Findings, encoder: Encoder, note: Refuse) -> None:
     }
     found.warnings += _of_template(encoder)
     found.warnings += _of_tokens(found.prompts, encoder)
+
+
+def _of_clips(config: OPSDConfig) -> list[str]:
+    """What a clip of the loss means for its numbers."""
+    if config.method is None:
+        losses: list[Any] = [config.to_objective()]
+    else:
+        losses = [term.loss for term in methods.recipe(config.method, **(config.method_options or {})).terms]  # type: ignore[arg-type]
+    bounds = [one for one in losses if isinstance(one, Objective) and one.entry_clip and not one.ratio_bound]
+    return [
+        f"entry_clip {one.entry_clip:g} ({one.clip_mode}) can push down what the teacher raises: the loss "
+        "can fall while the forward KL and the student's entropy rise, so go by these two, not by the loss "
+        "(clip_mode ratio cannot do that)"
+        for one in bounds[:1]
+    ]
 
 
 def _of_template(encoder: Encoder) -> list[str]:

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from opsd_train.watch.metrics import BUCKETS, bucket_name
 from opsd_train.watch.record import Evaluation, Run
+from opsd_train.watch.trends import is_clipped
 
 WIDTH, HEIGHT = 340, 180
 LEFT, RIGHT, TOP, BOTTOM = 38, WIDTH - 10, 10, HEIGHT - 24
@@ -93,12 +94,14 @@ class Frame:
 def charts(run: Run) -> dict[str, list[Chart]]:
     """Draw what the run has: "accuracy" (none or one), "curves", and the "small" side ones."""
     curves = [
-        _of_metrics(run, "Loss", "", loss=""),
         _of_metrics(run, "KL divergence", "nats", forward_kl="forward", reverse_kl="reverse"),
         _of_metrics(run, "Entropy", "nats", student_entropy="student", teacher_entropy="teacher"),
         _of_metrics(run, "Top-1 agreement", "%", scale=100, top1_agreement=""),
         _of_metrics(run, "Forward KL by position", "nats", 1, True, **_positions(run)),
     ]
+    clipped = is_clipped(run.info, run.metrics)
+    loss = _of_metrics(run, "Loss, clips applied" if clipped else "Loss", "", loss="")
+    curves.insert(2 if clipped else 0, loss)
     small = [
         _of_metrics(run, "Speed", "tokens/s", tokens_per_second=""),
         _of_metrics(run, "Memory", "GB", memory_gb="in use", peak_memory_gb="peak"),

@@ -17,6 +17,7 @@ from opsd_train.report import charts, highlight
 from opsd_train.report.stack import stacked
 from opsd_train.report.worst import worst
 from opsd_train.watch.record import Accuracy, Evaluation, Run, load_run
+from opsd_train.watch.trends import is_clipped, trends
 
 RESUME = "resume with --resume-from-checkpoint last"
 
@@ -40,6 +41,8 @@ def write_report(run_dir: str | Path) -> Path:
         title=run.info.get("name") or run.directory.resolve().name,
         banner=banner(run),
         verdict=verdict(run),
+        clips=_of_clips(run),
+        trends=trends(run.metrics, run.evaluations),
         facts=_facts(run),
         problems=run.problems,
         accuracy=_accuracy_rows(run.evaluations),
@@ -82,14 +85,7 @@ def banner(run: Run) -> str | None:
 def verdict(run: Run) -> str:
     """One sentence: greedy accuracy before and after, with its 95 % confidence interval."""
     if not run.evaluations:
-        losses = [row for row in run.metrics if math.isfinite(row.get("loss", math.nan))]
-        if not losses:
-            over = (run.info.get("ended") or {}).get("how") == "finished"
-            return "The run is finished; nothing was measured." if over else "Nothing has been measured yet."
-        start, end = (f"{row['loss']:.4g} at step {row['step']:,}" for row in (losses[0], losses[-1]))
-        return f"Accuracy was not measured; the loss was {start}" + (
-            "." if len(losses) == 1 else f" and {end}."
-        )
+        return _without_accuracy(run)
     first, last = run.evaluations[0], run.evaluations[-1]
     before, after = first["greedy"], last["greedy"]
     if first is last:
@@ -103,6 +99,35 @@ def verdict(run: Run) -> str:
     return (
         f"Greedy accuracy {went} from {_interval(before)} to {_interval(after)} in {steps:,} steps{caveat}."
     )
+
+
+def _without_accuracy(run: Run) -> str:
+    """The loss at both ends, or the forward KL where clips make another number of the loss."""
+    key, name = ("forward_kl", "forward KL") if is_clipped(run.info, run.metrics) else ("loss", "loss")
+    rows = [row for row in run.metrics if math.isfinite(row.get(key, math.nan))]
+    if not rows:
+        over = (run.info.get("ended") or {}).get("how") == "finished"
+        return "The run is finished; nothing was measured." if over else "Nothing has been measured yet."
+    start, end = (f"{row[key]:.4g} at step {row['step']:,}" for row in (rows[0], rows[-1]))
+    return f"Accuracy was not measured; the {name} was {start}" + ("." if len(rows) == 1 else f" and {end}.")
+
+
+def _of_clips(run: Run) -> str | None:
+    """Of a loss with clips: how the divergence itself and the entropy went."""
+    if not is_clipped(run.info, run.metrics):
+        return None
+    found = []
+    for key, name in (("forward_kl", "Forward KL"), ("student_entropy", "the student's entropy")):
+        values = [row[key] for row in run.metrics if math.isfinite(row.get(key, math.nan))]
+        if values:
+            found.append(f"{name} went from {values[0]:.3g} to {values[-1]:.3g} nats")
+    shares = [one for row in run.metrics if math.isfinite(one := row.get("clipped_fraction", math.nan))]
+    taken = (
+        f" Clips took {sum(shares) / len(shares):.0%} of the divergence: the loss is not it."
+        if shares
+        else ""
+    )
+    return f"{', '.join(found)}.{taken}" if found else None
 
 
 def _interval(accuracy: Accuracy) -> str:

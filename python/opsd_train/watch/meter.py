@@ -74,6 +74,10 @@ class Meter:
         """Add the statistics of a micro-batch's tokens, [B, C]; the columns are positions of completions."""
         self._sums += torch.stack([getattr(stats, name)[mask].double().sum() for name in FIELDS])
         self._measured += mask.sum()
+        # What the clips took is a share of the KL of all tokens; most of them have hardly any.
+        kl = stats.forward_kl[mask].double()
+        kl = torch.where(kl.isfinite(), kl, 1.0)
+        self._clipped += torch.stack([(stats.clipped_fraction[mask] * kl).sum(), kl.sum()])
         by_position = torch.stack([torch.where(mask, stats.forward_kl, 0).double().sum(0), mask.sum(0)])
         for at, (start, end) in enumerate(BUCKETS):
             self._buckets[:, at] += by_position[:, start:end].sum(1)
@@ -117,6 +121,7 @@ class Meter:
             "measured": self._measured[None],
             "buckets": self._buckets.flatten(),
             "masses": self._masses,
+            "clipped": self._clipped,
             "lengths": torch.bincount(
                 torch.tensor(self._lengths, dtype=torch.long), minlength=self.longest + 1
             ),
@@ -145,7 +150,7 @@ class Meter:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
         self._sums, self._measured = zeros(len(FIELDS)), zeros()
-        self._buckets, self._masses = zeros(2, len(BUCKETS)), zeros(3)
+        self._buckets, self._masses, self._clipped = zeros(2, len(BUCKETS)), zeros(3), zeros(2)
 
 
 def _means(found: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -153,6 +158,8 @@ def _means(found: dict[str, torch.Tensor]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if (measured := float(found["measured"])) > 0:
         metrics |= dict(zip(FIELDS, (found["stats"] / measured).tolist(), strict=True))
+        removed, whole = found["clipped"].tolist()
+        metrics["clipped_fraction"] = removed / whole if whole else 0.0
     sums, counts = found["buckets"].reshape(2, -1).tolist()
     for bucket, kl, count in zip(BUCKETS, sums, counts, strict=True):
         if count:

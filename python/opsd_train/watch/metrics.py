@@ -20,7 +20,7 @@ def bucket_name(bucket: tuple[int, int | None]) -> str:
 
 # What a logged step may have; those of pieces, exposure say, come on top. Divergences and entropies in nats.
 METRICS: dict[str, str] = {
-    "loss": "Mean of the objective over the tokens since the last line.",
+    "loss": "Mean of the objective over the tokens since the last line, clips applied.",
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of the step.",
     "epoch": "Passes over the training rows.",
@@ -36,7 +36,8 @@ METRICS: dict[str, str] = {
     "student_mass": "Probability that the student gives to its own mass_top_k most likely tokens.",
     "teacher_mass": "Probability that the teacher gives to the same tokens.",
     "engine_difference": "Mean absolute difference of the engine's and the trainer's log-probs of tokens.",
-    "clipped_fraction": "Share of the loss that the objective's clips remove.",
+    "clipped_fraction": "Share of the divergence that the objective's clips remove, tokens weighted by "
+    "their forward KL; above 1 where the clipped terms sum to less than 0.",
     "completion_length": "Mean length of the completions in tokens.",
     "completion_length_min": "Shortest completion in tokens.",
     "completion_length_max": "Longest completion in tokens.",

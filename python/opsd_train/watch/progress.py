@@ -22,6 +22,12 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tok/s",
     "memory_gb": "{:.2f} GB",
 }
+# Of a loss with clips the KL is told first: the loss can fall while it rises.
+SHOWN_CLIPPED = {
+    **{name: text for name, text in SHOWN.items() if name != "loss"},
+    "clipped_fraction": "clips take {:.0%}",
+    "loss": "clipped loss {:.3f}",
+}
 TIMES = {f"{name}_seconds": f"{name} {{:.2f}}" for name in PHASES}
 
 
@@ -87,7 +93,9 @@ class LineCallback(TrainerCallback):
 
 def shown(logs: Mapping[str, float]) -> list[str]:
     """What is told of a step's metrics, in words."""
-    return [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
+    clipped = logs.get("clipped_fraction", 0.0) > 0
+    words = SHOWN_CLIPPED if clipped else SHOWN
+    return [text.format(logs[key]) for key, text in words.items() if key in logs]
 
 
 class ProgressCallback(TrainerCallback):
