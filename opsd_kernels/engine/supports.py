@@ -30,20 +30,22 @@ class Side:
     def of(cls, inside: Tensor, top: Tensor, log_sum: Tensor, rest: str) -> tuple["Side", Tensor]:
         """From the entries' logits and the rest's maximum and log sum exp(z - maximum); also the rest's mass.
 
-        The maximum is taken off first: log sum exp rounded to the size of the logits would cost digits.
+        The maximum is taken off first, and all of it is in fp64: an unlikely entry's log p is a difference of
+        numbers far larger than the log-ratio that the gradient consists of, and K numbers a row cost little.
         """
+        dtype = inside.dtype
         anchor = torch.maximum(inside.amax(1), top)
         anchor = torch.where(anchor == -torch.inf, 0.0, anchor)
-        inside, outside = inside - anchor[:, None], top - anchor + log_sum
+        inside, outside = inside.double() - anchor[:, None], top.double() - anchor + log_sum
         whole = torch.logaddexp(inside.logsumexp(1), outside)
-        mass = torch.exp(outside - whole)
+        mass = torch.exp(outside - whole).to(dtype)
         if rest == "renormalise":
             whole = inside.logsumexp(1)
             whole = torch.where(whole == -torch.inf, 0.0, whole)  # a support without entries has no loss
         elif rest == "tail":
             inside = torch.cat((inside, outside[:, None]), 1)
         log_p = (inside - whole[:, None]).clamp(min=LOG_ZERO)
-        return cls(log_p.exp(), log_p), mass
+        return cls(log_p.exp().to(dtype), log_p.to(dtype)), mass
 
 
 @dataclass(frozen=True)
