@@ -3,6 +3,7 @@
 import json
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model, tiny_prompts
 from head_gathers import HeadGathers
 from opsd_train.data.rows import load_rows
+from opsd_train.engines.base import Completion
+from opsd_train.engines.hf import HFEngine
 from opsd_train.evaluation.verify import Verifier
 from opsd_train.loading import with_lora
 from opsd_train.rollouts import Sampling, Vocabulary, generate
@@ -60,9 +63,28 @@ TEMPLATES = {
 }
 
 
+class Prescribed(HFEngine):
+    """Completions that the prompt alone decides: a greedy token in bf16 depends on who shares its batch."""
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+    ) -> list[Completion]:
+        """Three to six tokens, the last of which ends it."""
+        written = [[(sum(ids) * (2 + k)) % 10 + 4 for k in range(2 + sum(ids) % 4)] for ids in prompts]
+        return [Completion((*one, TOKENIZER.eos_token_id)) for one in written]
+
+
 def make(out: Path, case: dict[str, Any], rows: int) -> OPSDTrainer:
     """The trainer of a case, a process of which has so many rows of a micro-batch."""
     case = dict(case)
+    prescribed = case.pop("prescribed", False)
+    trainer = _make(out, case, rows)
+    if prescribed:
+        trainer.engine = Prescribed(trainer.student, trainer.vocabulary)
+    return trainer
+
+
+def _make(out: Path, case: dict[str, Any], rows: int) -> OPSDTrainer:
     model: torch.nn.Module = tiny_model(tie_word_embeddings=case.pop("tied", True))
     data = by_length(model) if case.pop("sorted", False) else ROWS
     if case.pop("lora", False):

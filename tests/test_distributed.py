@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "fsdp_lora_ema": {"wrapper": "fsdp", "lora": True, "teacher": "ema", "ema_decay": 0.5},
     "fsdp_method": {"wrapper": "fsdp", "method": "purified_opsd", "teacher": "ema"},
-    "fsdp_bf16": {"wrapper": "fsdp", "bf16": True},
+    "fsdp_bf16": {"wrapper": "fsdp", "bf16": True, "prescribed": True},
     "fsdp_four": {"wrapper": "fsdp", **FOUR},
     "fsdp_four_untied": {"wrapper": "fsdp", "tied": False, "teacher": "live", **CHECKPOINTED, **FOUR},
     "fsdp_four_lora": {"wrapper": "fsdp", "lora": True, "tied": False, **FOUR},

@@ -75,7 +75,7 @@ def test_fp32(of: str, rest: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "skew_reverse", "skew_reverse_sg"])
 def test_unlikely_entries_keep_their_digits(divergence: str) -> None:
-    """Entries given at random have little mass; the error of dH is eager's or less, in the median of seeds."""
+    """Entries given at random have little mass; the error of dH is at most eager's, in the median."""
     rows, vocab, ratios = 33, 257, []
     for seed in range(6):
         ids = torch.randint(-1, vocab, (rows, 9), generator=torch.Generator().manual_seed(seed))
