@@ -1,29 +1,21 @@
 """The model's two halves: the backbone at the completion's positions, and the head that makes logits."""
 
 import inspect
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
-from transformers import PreTrainedModel
+from peft.utils import AuxiliaryTrainingWrapper
 
 from opsd_kernels import Hidden, LogLinear
+from opsd_kernels.backends import reference
+from opsd_kernels.integrations import hf
+from opsd_kernels.integrations.hf import backbone_of, causal_lm, head_of
 from opsd_train.reading.prompts import Prompt
-from opsd_train.rollouts import evaluating
 
-
-def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """The causal language model itself: a PEFT model's adapters live inside it and stay active."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
-        raise ValueError(
-            f"model: expected a causal language model of transformers, got {type(inner).__name__}"
-        )
-    return inner
+CHECKED = 16  # tokens of a prompt that `check_head` reads
 
 
 def completion_hidden(
@@ -41,68 +33,48 @@ def completion_hidden(
         attention_mask: the same shape, 0 at padding.
         length: columns of the completions.
     """
-    decoder = causal_lm(model).get_decoder()
+    backbone = backbone_of(model)
     mask = attention_mask[:, :-1]
     inputs: dict[str, Any] = {"input_ids": input_ids[:, :-1], "attention_mask": mask, "use_cache": False}
-    if "position_ids" in inspect.signature(decoder.forward).parameters:
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return decoder(**inputs).last_hidden_state[:, -length:]
+    return backbone(**inputs).last_hidden_state[:, -length:]
 
 
 def head_source(model: torch.nn.Module, hidden: torch.Tensor) -> Hidden:
     """Hidden states with the model's head: weight, bias, logit scale and soft-cap.
 
-    Raises ValueError if the head carries an adapter: its weight would not be the head's.
+    Raises ValueError if the head carries an adapter: what hands weights to engines, shards and copies takes
+    the head's weight for the whole head.
     """
-    inner = causal_lm(model)
-    head = inner.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer | ModulesToSaveWrapper):
+    if isinstance(causal_lm(model).get_output_embeddings(), BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ValueError(
             "model: expected a head without an adapter, got one on lm_head; leave it out of target_modules "
             "and modules_to_save"
         )
-    config = inner.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-    return Hidden(hidden, head.weight, getattr(head, "bias", None), scale, cap)
+    return head_of(model)(hidden)
 
 
 def logits(source: Hidden | LogLinear, start: int = 0, end: int | None = None) -> torch.Tensor:
     """Logits `[B, c, V]` in fp32 of the few positions from `start` up to `end`; the factors are numbers."""
     if isinstance(source, LogLinear):
         return torch.stack([factor * logits(one, start, end) for factor, one in source.streams]).sum(dim=0)
-    z = source.hidden[:, start:end].float() @ source.weight.float().T
-    if source.bias is not None:
-        z = z + source.bias.float()
-    z = z * source.logit_scale
-    return z if source.softcap is None else source.softcap * torch.tanh(z / source.softcap)
+    return reference.logits(replace(source, hidden=source.hidden[:, start:end]))
 
 
-@torch.no_grad()
 def check_head(model: torch.nn.Module, prompt: tuple[int, ...]) -> None:
-    """Raise ValueError unless `head_source` says what the model itself computes, tried on one prompt.
+    """Raise ValueError unless `head_source` over `completion_hidden` is what the model itself computes.
 
-    Some architectures scale, cap or shift their logits in ways of their own; training them on logits that are
-    not theirs would look right and be wrong.
+    Tried on the beginning of one prompt, see `opsd_kernels.integrations.hf.check_head`.
     """
-    inner = causal_lm(model)
-    ids = torch.tensor([prompt], device=inner.device)
-    mask = torch.ones_like(ids)
-    with evaluating(model):
-        expected = (
-            inner(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        )
+    ids = torch.tensor([prompt[:CHECKED]], device=causal_lm(model).device)
+    head_source(model, torch.empty(0))  # an adapter on the head is named before anything is computed
+
+    def states(ids: torch.Tensor) -> torch.Tensor:
         follow = torch.cat([ids, ids[:, -1:]], dim=1)
-        hidden = completion_hidden(model, follow, torch.ones_like(follow), length=1)
-        found = logits(head_source(model, hidden))[0, -1]
-    # Rounding leaves parts in 10^2 (bf16) or 10^5; a forgotten scale or cap leaves far more.
-    difference = (found - expected).norm().item() / max(expected.norm().item(), 1e-30)
-    if not (math.isfinite(difference) and difference <= 0.05):
-        raise ValueError(
-            "model: expected a head that is a linear layer with bias, logit scale and soft-cap; the logits "
-            f"of {type(inner).__name__} differ from that by {difference:.1%}"
-        )
+        return completion_hidden(model, follow, torch.ones_like(follow), ids.shape[1])
+
+    hf.check_head(model, ids, states)
 
 
 def positions_of(model: torch.nn.Module) -> int | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from opsd_kernels.integrations.hf import evaluating
 from opsd_train.reading.prompts import Prompt, pad_left, pad_right
 from opsd_train.safety import stops
 
@@ -161,18 +162,6 @@ def check_alignment(batch: dict[str, torch.Tensor]) -> None:
                 f"{name}: expected student and teacher to see the same completion; they differ in row {row} "
                 f"of the batch at token {position} of the completion"
             )
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout inside; afterwards every module is in the mode it was in, whatever its parent's."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _generation_config(sampling: Sampling, vocabulary: Vocabulary) -> GenerationConfig:
