@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from driver_tiny import ROWS, TOKENIZER, tiny_config, tiny_model
 from opsd_train.adapters import Wanted
-from opsd_train.loading import load, load_student, with_lora
+from opsd_train.loading import Source, load, load_student, with_lora
 from opsd_train.run_options import RunOptions
 from opsd_train.train import run, train
 from opsd_train.trainer import OPSDTrainer
@@ -108,7 +108,7 @@ def test_a_run_from_adapters_is_saved_evaluated_and_resumed_bit_for_bit(
     assert not all(torch.equal(whole[name], first[name]) for name in whole)
     assert not [one for one in (tmp_path / "whole" / "model").iterdir() if one.is_dir()]
     assert load_run(tmp_path / "whole").info["parameters"] == sum(
-        one.numel() for one in load_student(str(adapter), Wanted())[0].parameters()
+        one.numel() for one in load_student(Source(str(adapter)), Wanted())[0].parameters()
     )
     evaluated = logits(load(str(tmp_path / "whole" / "model"))[0])
     expected = on_adapters(base, tmp_path / "whole" / "model")
@@ -125,22 +125,22 @@ def test_a_run_from_adapters_is_saved_evaluated_and_resumed_bit_for_bit(
 )
 def test_adapters_of_another_shape_are_refused(adapter: Path, wanted: Wanted, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_student(str(adapter), wanted)
+        load_student(Source(str(adapter)), wanted)
 
 
 def test_adapters_on_other_layers_are_refused_where_a_rank_is_asked_for(base: Path, tmp_path: Path) -> None:
     folder = adapted(base, tmp_path / "few", ["q_proj", "v_proj"])
     message = r"lora_rank: .* are on 4 layers \(q_proj, v_proj\), and lora_rank 4 asks for every .* 14 layers"
     with pytest.raises(ValueError, match=message):
-        load_student(str(folder), Wanted(4))
-    student, _ = load_student(str(folder), Wanted())
+        load_student(Source(str(folder)), Wanted(4))
+    student, _ = load_student(Source(str(folder)), Wanted())
     assert torch.equal(logits(student), on_adapters(base, folder))
 
 
 def test_weights_that_are_not_those_of_the_adapters_are_refused(adapter: Path) -> None:
     held = load_file(adapter / WEIGHTS)
     save_file(dict(list(held.items())[1:]), adapter / WEIGHTS)
-    for loads in (load, lambda name: load_student(name, Wanted())):
+    for loads in (load, lambda name: load_student(Source(name), Wanted())):
         with pytest.raises(ValueError, match=f"model: expected {adapter / WEIGHTS} to hold the weights"):
             loads(str(adapter))
 
@@ -151,7 +151,7 @@ def test_what_was_trained_beside_adapters_is_loaded_too(base: Path, tmp_path: Pa
     trained = torch.full((32,), 0.5)
     model.save_pretrained(tmp_path / "adapter")
     save_file({norm: trained}, tmp_path / "adapter" / "trained_beside_adapters.safetensors")
-    student, _ = load_student(str(tmp_path / "adapter"), Wanted())
+    student, _ = load_student(Source(str(tmp_path / "adapter")), Wanted())
     assert torch.equal(dict(student.named_parameters())[norm], trained)
     assert dict(student.named_parameters())[norm].requires_grad
     assert torch.equal(load(str(tmp_path / "adapter"))[0].model.norm.weight, trained)

@@ -83,6 +83,12 @@ def positions_of(model: torch.nn.Module) -> int | None:
     return found
 
 
+def embeddings_of(model: torch.nn.Module) -> int:
+    """How many tokens the model can read."""
+    weight: Any = causal_lm(model).get_input_embeddings().weight
+    return int(weight.shape[0])
+
+
 def check_positions(model: torch.nn.Module, prompts: Sequence[Prompt], max_completion_length: int) -> None:
     """Raise ValueError unless the longest prompt of student and teacher leaves room for a whole completion.
 

@@ -1,6 +1,7 @@
 """Everything a run can be told beside the model and the data."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +128,14 @@ class OPSDConfig(
     rollouts_recorded: int = option(4, "Rollouts written to rollouts.json before and after training.")
 
     # Other defaults than TrainingArguments'
-    max_steps: int = option(100, "Optimizer steps; self-distillation is short, and goes on too long easily.")
+    max_steps: int = option(
+        -1,
+        "Optimizer steps, 100 unless num_train_epochs is given; self-distillation is short, and goes on too "
+        "long easily.",
+    )
+    num_train_epochs: float = option(
+        0.0, "How often every prompt is read, in place of max_steps; 0 leaves it to that."
+    )
     learning_rate: float = option(5e-6, "Peak learning rate.")
     logging_steps: float = option(
         5,
@@ -149,6 +157,7 @@ class OPSDConfig(
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):
             # As a command line and a YAML file say it; TrainingArguments takes a word for names of FSDP1.
             self.fsdp = self.fsdp.lower() == "true"  # type: ignore[assignment]
+        self._settle_length()
         check_inherited(self)
         check_finite(self)
         super().__post_init__()
@@ -182,6 +191,28 @@ class OPSDConfig(
         return redact(super().__str__())
 
     __repr__ = __str__
+
+    def _settle_length(self) -> None:
+        """Steps or epochs say how long a run is. ValueError for both, and for steps that there are not."""
+        given = self.max_steps != -1
+        _in_range("num_train_epochs", self.num_train_epochs, least=0, below=float("inf"))
+        if self.num_train_epochs and (given or self.private is not None):
+            other = f"max_steps {self.max_steps}" if given else "private, whose rows are drawn"
+            raise ValueError(f"num_train_epochs: expected none with {other}; got {self.num_train_epochs:g}")
+        if not self.num_train_epochs and not given:
+            self.max_steps = 100
+        if not self.num_train_epochs and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected a number of at least 1, got {self.max_steps}")
+
+    def steps_for(self, prompts: int) -> int:
+        """How many optimizer steps a run has that trains on so many prompts; a step ends with the epoch."""
+        if not self.num_train_epochs:
+            return self.max_steps
+        at_once = self.per_device_train_batch_size * self.world_size
+        batches, rest = divmod(prompts * self.num_generations, at_once)
+        batches += bool(rest) and not self.dataloader_drop_last
+        a_epoch = max(math.ceil(batches / self.gradient_accumulation_steps), 1)
+        return math.ceil(self.num_train_epochs * a_epoch)
 
     def check_devices(self) -> None:
         """ValueError unless every process has one device, and goes with what else was asked for."""

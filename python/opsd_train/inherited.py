@@ -3,7 +3,6 @@
 from typing import Any
 
 LEAST = {
-    "max_steps": 1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -23,7 +22,6 @@ LEAST = {
 }
 # Names with the values that say nothing, and why others are refused.
 UNUSED = {
-    "num_train_epochs": (3.0, "max_steps says how long a run is"),
     "label_smoothing_factor": (0.0, "a token's target is the teacher's distribution, not a label"),
     "neftune_noise_alpha": (None, "student and teacher read the same completions, without noise"),
 }

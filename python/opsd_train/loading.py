@@ -18,9 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsd_train.adapters import Adapter, Wanted, adapter_at, merged, with_adapter, with_adapter_on, with_lora
 from opsd_train.model_files import check_files, configuration, expected, from_files
+from opsd_train.quantized import option_of, prepared, quantization
+from opsd_train.safety.folders import whole_folder
+from opsd_train.safety.student_files import write_student
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Of a folder's configuration and of its tokenizer, in any form, a file that there must be.
@@ -33,60 +37,108 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads: a tokenizer, and how many positions the model has, if its configuration says so."""
+    """Who reads: a tokenizer, and the model's positions and embeddings, if its configuration says."""
 
     tokenizer: PreTrainedTokenizerBase
     positions: int | None
+    embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and how its weights are loaded.
+
+    Args:
+        model: a local folder or a hub id.
+        dtype: `float32`, `bfloat16` or `float16`. Weights that are trained lose small updates in the others.
+        gguf_file: name of a GGUF file in that folder; the weights are dequantised.
+        revision: of a hub id, the commit, tag or branch to load.
+        attention: a name of transformers for how attention is computed; None leaves it to the model.
+        bits: 4 or 8 for weights that bitsandbytes quantises, 0 for weights as they are.
+    """
+
+    model: str
+    dtype: str = "float32"
+    gguf_file: str | None = None
+    revision: str | None = None
+    attention: str | None = None
+    bits: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        names = ["eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+        if self.attention is not None and self.attention not in names:
+            raise ValueError(
+                f"attn_implementation: expected one of {', '.join(names)}; got {self.attention!r}"
+            )
 
 
 def load(
     model: str, dtype: str = "float32", gguf_file: str | None = None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_source` of these."""
+    return load_source(Source(model, dtype, gguf_file, revision))
+
+
+def load_source(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer; code that comes with a model is never run.
 
-    Args:
-        model: a local folder or a hub id; adapters there are merged into the model they were trained on.
-        dtype: `float32`, `bfloat16` or `float16`. Weights that are trained lose small updates in the others.
-        gguf_file: name of a GGUF file in that folder; the weights are dequantised.
-        revision: of a hub id, the commit, tag or branch to load.
-
-    Raises:
-        ValueError: what was expected at `model` and was not there.
+    Adapters are merged into the model they were trained on. Raises ValueError for what was expected and was
+    not there, and for quantised weights, which are for adapters in training.
     """
-    found, tokenizer, adapter = _below(model, dtype, gguf_file, revision)
+    if source.bits:
+        raise ValueError(f"{option_of(source.bits)}: expected for training alone; got it elsewhere")
+    found, tokenizer, adapter = _below(source)
     return (found if adapter is None else merged(with_adapter(found, adapter))), tokenizer
 
 
 def load_student(
-    model: str,
-    wanted: Wanted,
-    dtype: str = "float32",
-    gguf_file: str | None = None,
-    revision: str | None = None,
+    source: Source, wanted: Wanted
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a model to train, see `load`: all of its weights, or LoRA adapters on it.
+    """Load a model to train, see `load_source`: all of its weights, or LoRA adapters on it.
 
-    Adapters at `model` go on, as they are; they are not replaced by new ones. Raises ValueError if they are
-    of another shape than `wanted`.
+    Adapters that are there go on, as they are; they are not replaced by new ones. Raises ValueError if they
+    are of another shape than `wanted`, and for quantised weights without adapters.
     """
-    found, tokenizer, adapter = _below(model, dtype, gguf_file, revision)
+    found, tokenizer, adapter = _below(source)
     if adapter is not None:
         return with_adapter_on(found, adapter, wanted), tokenizer
     if wanted.rank:
         return with_lora(found, wanted.rank, wanted.alpha, wanted.dropout), tokenizer
+    if source.bits:
+        raise ValueError(
+            f"{option_of(source.bits)}: expected lora_rank with it, or adapters at {source.model!r}, since "
+            "quantised weights are not trained"
+        )
     return found, tokenizer
 
 
-def _below(
-    model: str, dtype: str, gguf_file: str | None, revision: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None]:
+def merge(source: Source, out: Path) -> None:
+    """Write a folder of adapters as a model of its own with its tokenizer, whole or not at all.
+
+    Raises ValueError for a model without adapters, and for an `out` that is there already.
+    """
+    if out.exists():
+        raise ValueError(f"out: expected a folder that is not there yet, got {out}")
+    if adapter_at(source.model, source.revision) is None:
+        raise ValueError(f"model: expected adapters at {source.model!r}, got a model without any")
+    model, tokenizer = load_source(source)
+    with whole_folder(out) as temporary:
+        write_student(model, tokenizer, temporary)
+
+
+def _below(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None]:
     """A model without adapters, the tokenizer, and the adapters that belong on it."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    parts = _parts(model, gguf_file, revision)
+    quantized = quantization(source.bits, DTYPES[source.dtype])
+    parts = _parts(source.model, source.gguf_file, source.revision)
+    how = parts.where | ({} if quantized is None else {"quantization_config": quantized})
+    how |= {} if source.attention is None else {"attn_implementation": source.attention}
     with _whole():
-        found = from_files(parts.base, dtype=DTYPES[dtype], **parts.where)
-    return (found if gguf_file is None else plain(found)), parts.tokenizer, parts.adapter
+        found = from_files(parts.base, dtype=DTYPES[source.dtype], **how)
+    if source.gguf_file is not None:
+        found = plain(found)
+    return (found if quantized is None else prepared(found)), parts.tokenizer, parts.adapter
 
 
 @dataclass(frozen=True)
@@ -152,15 +204,16 @@ def _whole() -> Iterator[None]:
 
 
 def load_reader(model: str, gguf_file: str | None = None, revision: str | None = None) -> Reader:
-    """Load what reads without weights: the tokenizer, and the configuration for its number of positions.
+    """Load what reads without weights: the tokenizer, and the configuration for the model's sizes.
 
     Of weights only names and sizes are looked at. ValueError if they would not be loaded, as by `load`.
     """
     parts = _parts(model, gguf_file, revision)
     if gguf_file is None and Path(parts.base).is_dir():
         from_files(parts.base, device_map="meta", **parts.where)
-    positions = getattr(parts.config.get_text_config(), "max_position_embeddings", None)
-    return Reader(parts.tokenizer, positions)
+    config = parts.config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    return Reader(parts.tokenizer, *sizes)
 
 
 def _where(model: str, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
@@ -185,7 +238,10 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    attention = model.config._attn_implementation
+    twin = AutoModelForCausalLM.from_config(
+        config, dtype=model.dtype, attn_implementation=attention, trust_remote_code=False
+    )
     twin.load_state_dict(model.state_dict())
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin

@@ -70,7 +70,7 @@ def expected(what: str, model: str, file: str) -> Iterator[None]:
 
 def configuration(model: str, **where: Any) -> PreTrainedConfig:
     """The configuration of a model. ValueError for one that transformers does not take."""
-    with expected("a configuration", model, where.get("gguf_file") or "config.json"):
+    with expected("a causal language model", model, where.get("gguf_file") or "config.json"):
         return AutoConfig.from_pretrained(model, trust_remote_code=False, **where)
 
 

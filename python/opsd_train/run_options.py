@@ -1,14 +1,17 @@
 """Which model is trained on which data."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opsd_train.adapters import Wanted
 from opsd_train.data.generated import HELD_OUT_SEED
 from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.data.rows import Reading
 from opsd_train.data.sources import Choice
 from opsd_train.fields import check_finite, json_object, option
+
+if TYPE_CHECKING:
+    from opsd_train.adapters import Wanted
+    from opsd_train.loading import Source
 
 
 @dataclass
@@ -45,6 +48,15 @@ class RunOptions:
     gguf_file: str | None = option(None, "Load this GGUF file of the model's folder.")
     revision: str | None = option(None, "Commit, tag or branch of a hub id.")
     dtype: str = option("float32", "Dtype of the weights: float32, bfloat16 or float16.")
+    attn_implementation: str | None = option(
+        None, "How attention is computed, a name of transformers: eager, sdpa, flash_attention_2 or others."
+    )
+    load_in_4bit: bool = option(
+        False, "Quantise the frozen weights to NF4, for lora_rank; needs bitsandbytes and a GPU."
+    )
+    load_in_8bit: bool = option(
+        False, "Quantise the frozen weights to 8 bits, for lora_rank; needs bitsandbytes and a GPU."
+    )
     lora_rank: int = option(
         0,
         "Rank of LoRA adapters on all linear layers but the head; 0 trains every weight. A `model` that is a "
@@ -67,9 +79,22 @@ class RunOptions:
             raise ValueError(f"repeated_rows: expected keep or refuse, got {self.repeated_rows!r}")
         if self.skip_bad_rows < 0:
             raise ValueError(f"skip_bad_rows: expected a number of at least 0, got {self.skip_bad_rows}")
+        if self.load_in_4bit and (self.load_in_8bit or self.gguf_file):
+            raise ValueError("load_in_4bit: expected neither load_in_8bit nor gguf_file with it; got one")
+        if self.load_in_8bit and self.gguf_file:
+            raise ValueError("load_in_8bit: expected no gguf_file with it; got one")
 
-    def lora(self) -> Wanted:
+    def source(self) -> "Source":
+        """The model, and how it is loaded."""
+        from opsd_train.loading import Source  # and with it all that loads: not for a mistake in an option
+
+        bits = 4 * self.load_in_4bit + 8 * self.load_in_8bit
+        return Source(self.model, self.dtype, self.gguf_file, self.revision, self.attn_implementation, bits)
+
+    def lora(self) -> "Wanted":
         """The adapters that are trained."""
+        from opsd_train.adapters import Wanted
+
         return Wanted(self.lora_rank, self.lora_alpha, self.lora_dropout)
 
     def choice(self, held_out: bool = False) -> Choice:

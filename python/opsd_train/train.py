@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from opsd_kernels import get_method
-from opsd_train.backbone import positions_of
+from opsd_train.backbone import embeddings_of, positions_of
 from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.data.rows import Row
@@ -28,6 +28,7 @@ from opsd_train.description import describe
 from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load_student
+from opsd_train.quantized import check_quantized
 from opsd_train.reading.prompts import Encoder
 from opsd_train.report.page import write_report
 from opsd_train.run_folder import MODEL, Existing, check_begun, check_output
@@ -73,14 +74,14 @@ def _existing(config: OPSDConfig) -> Existing:
 
 
 def _prepare(options: RunOptions, config: OPSDConfig, console: Console) -> OPSDTrainer:
+    source = options.source()
+    check_quantized(source.bits, config)
     loaded = load_rows(options, config)
     for note in loaded.notes:
         console.print(note, highlight=False, markup=False)
     with console.status(f"loading {options.model}"):
         set_seed(config.seed)  # adapters begin with the same numbers in every process
-        student, tokenizer = load_student(
-            options.model, options.lora(), options.dtype, options.gguf_file, options.revision
-        )
+        student, tokenizer = load_student(source, options.lora())
         return make_trainer(student, tokenizer, loaded.rows, loaded.held_out, config, loaded.quarantine)
 
 
@@ -97,7 +98,7 @@ def make_trainer(
     What happens to one over its budget or the model's positions is up to `refuse`; it stops the run, if
     nothing else is said. Raises ValueError if none to train on is left.
     """
-    encoder = Encoder.of(tokenizer, config, positions_of(model))
+    encoder = Encoder.of(tokenizer, config, positions_of(model), embeddings_of(model))
     for sentence in encoder.ignored_switches():
         warnings.warn(sentence, stacklevel=2)
     method = config.to_method(encoder)
@@ -173,7 +174,7 @@ def _journal(trainer: OPSDTrainer, about: Mapping[str, Any], existing: Existing)
     folder = Path(trainer.config.output_dir or ".")
     trainer.lock = trainer.lock or FolderLock(folder)
     info = {**about, **describe(trainer)}
-    return Journal(RunRecord(folder, existing), info, resumes=existing == "resume")
+    return Journal(RunRecord(folder, existing), info, existing == "resume", trainer.args.max_steps)
 
 
 def _release(trainer: OPSDTrainer) -> None:

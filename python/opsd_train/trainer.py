@@ -82,6 +82,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         self.validation: Sequence[Prompt] = []
         if args.extrapolate:
             self.prompts, self.validation = hold_back(train_dataset, args.extrapolate)
+        args.max_steps = args.steps_for(len(self.prompts))
         self.stored = None
         if args.offline is not None:
             self.stored = StoredRollouts(args.offline, train_dataset, args.loss_temperature)

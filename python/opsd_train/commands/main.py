@@ -7,14 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from opsd_train.commands.data import data_tools
-from opsd_train.commands.terminal import (
-    ANY_OPTION,
-    console,
-    early_ends,
-    leaving_the_others,
-    quiet,
-    user_errors,
-)
+from opsd_train.commands.models import model_tools
+from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, user_errors
 from opsd_train.commands.tools import tools
 
 app = typer.Typer(
@@ -26,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(tools)
 app.add_typer(data_tools)
+app.add_typer(model_tools)
 
 
 @app.command(context_settings=ANY_OPTION)
@@ -136,5 +131,4 @@ def _say(report: Path | None) -> None:
 
 def main() -> None:
     """Entry point of the command line."""
-    with leaving_the_others():
-        app()
+    app()

@@ -15,7 +15,7 @@ from opsd_train.run_options import RunOptions
 
 # A name that ends in _ stands for all that begin so. The first group that has an option shows it.
 GROUPS = {
-    "Model": "model revision gguf_file dtype lora_",
+    "Model": "model revision gguf_file dtype attn_implementation load_in_4bit load_in_8bit lora_",
     "Data": "data eval_data data_split data_revision eval_split task_ eval_size columns skip_bad_rows "
     "repeated_rows",
     "Rollouts": "rollouts rollout_ num_generations generation_batch_size max_completion_length temperature "
@@ -24,9 +24,9 @@ GROUPS = {
     "teacher_chat_kwargs teacher_thinking pool annotator exposure",
     "Teacher": "teacher teacher_ ema_",
     "Loss": "objective beta entry_clip clip_mode token_clip loss_temperature method method_ length_gate",
-    "Training": "max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "lr_scheduler_type warmup_steps weight_decay max_grad_norm optim gradient_checkpointing bf16 seed "
-    "use_cpu fsdp deepspeed max_bad_steps private subnetwork subnetwork_share extrapolate",
+    "Training": "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
+    "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim gradient_checkpointing "
+    "bf16 seed use_cpu fsdp deepspeed max_bad_steps private subnetwork subnetwork_share extrapolate",
     "Evaluation": "eval_strategy eval_steps eval_match verifier eval_samples eval_k "
     "per_device_eval_batch_size",
     "Saving and logging": "output_dir resume_from_checkpoint save_strategy save_steps save_total_limit "

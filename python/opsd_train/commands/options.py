@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 from opsd_train.commands.presets import Preset, preset
 
 COMMAND_LINE = "command line"
+# Two ways to say one thing: where a later place says it in one way, what an earlier one says is beaten.
+EITHER = ("max_steps", "num_train_epochs")
 
 
 class _Parser(HfArgumentParser):
@@ -37,7 +39,9 @@ def parse(
     given: dict[str, Any] = {}
     for config in configs:
         held = config.options if isinstance(config, Preset) else _from_yaml(config, names)
-        given |= {key.replace("-", "_"): value for key, value in held.items()}
+        given = _over(given, {key.replace("-", "_"): value for key, value in held.items()})
+    said = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    given = {key: value for key, value in given.items() if key not in EITHER or not said.intersection(EITHER)}
     argv = list(defaults) + [word for key, value in given.items() for word in _arguments(key, value)]
     for argument in arguments:
         if argument.startswith("--"):
@@ -45,6 +49,12 @@ def parse(
             check_known(bare if (bare := key.removeprefix("no_")) in names else key, names, COMMAND_LINE)
     parser = _Parser(list(kinds), allow_abbrev=False)
     return parser.parse_args_into_dataclasses([*argv, *arguments], look_for_args_file=False)
+
+
+def _over(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """What both say; the later one counts."""
+    beaten = EITHER if any(later.get(name) is not None for name in EITHER) else ()
+    return {name: value for name, value in earlier.items() if name not in beaten} | later
 
 
 def layers(preset_name: str | None, config: Path | None) -> list[Path | Preset]:

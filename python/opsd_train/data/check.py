@@ -70,7 +70,7 @@ def check(options: RunOptions, config: OPSDConfig, reader: Reader | None) -> Fin
         len(rows) + len(refused),
     )
     if reader is not None:
-        _encode(found, Encoder.of(reader.tokenizer, config, reader.positions), note)
+        _encode(found, Encoder.of(reader.tokenizer, config, reader.positions, reader.embeddings), note)
     return found
 
 
@@ -196,7 +196,9 @@ def quantile(lengths: Sequence[int], share: float) -> int:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _text(messages: Sequence[Mapping[str, str]]) -> str:

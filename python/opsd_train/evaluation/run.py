@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_train.backbone import check_head, check_positions
+from opsd_train.backbone import check_head, check_positions, embeddings_of
 from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import Row, is_generated, load_rows
@@ -24,7 +24,7 @@ from opsd_train.demo.run import MODEL, presets
 from opsd_train.engines.make import make_engine
 from opsd_train.evaluation.examine import Exam, Findings
 from opsd_train.json_files import dumps, write_atomically
-from opsd_train.loading import load
+from opsd_train.loading import load_source
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary
 from opsd_train.run_folder import INFO, check_folder, of_output
@@ -78,8 +78,8 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)
     with console.status(f"loading {model}"):
-        student, tokenizer = load(options.model, options.dtype, options.gguf_file, options.revision)
-    prompts = _encoded(rows, tokenizer, config)
+        student, tokenizer = load_source(options.source())
+    prompts = _encoded(rows, tokenizer, config, embeddings_of(student))
     config.to_judge().require(prompts)
     check_positions(student, prompts, config.max_completion_length)
     check_head(student, prompts[0].student_ids)
@@ -137,9 +137,13 @@ def _rows_of(options: RunOptions | None, config: OPSDConfig) -> list[Row]:
     return load_rows(options.data, templates, False, reading)
 
 
-def _encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: OPSDConfig) -> list[Prompt]:
+def _encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: OPSDConfig, embeddings: int
+) -> list[Prompt]:
     """What the student reads; nobody teaches, so that a teacher's budget and template do not matter."""
-    encoder = replace(Encoder.of(tokenizer, config), max_teacher_prompt_length=sys.maxsize)
+    encoder = replace(
+        Encoder.of(tokenizer, config, embeddings=embeddings), max_teacher_prompt_length=sys.maxsize
+    )
     return encoder.encode([replace(row, teacher=row.student) for row in rows])
 
 

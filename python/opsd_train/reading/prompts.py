@@ -75,6 +75,7 @@ class Encoder:
         teacher_chat_kwargs: the same for the teacher's.
         max_completion_length: tokens that follow a prompt.
         positions: of the model, for the longer prompt and a completion; None is no bound.
+        embeddings: of the model; a token of another id is an error, None is no bound.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -84,13 +85,18 @@ class Encoder:
     teacher_chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_completion_length: int = 0
     positions: int | None = None
+    embeddings: int | None = None
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, config: "OPSDConfig", positions: int | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: "OPSDConfig",
+        positions: int | None = None,
+        embeddings: int | None = None,
     ) -> "Encoder":
-        """With the budgets and switches of a run, for a model with so many positions."""
-        return cls(
+        """With the budgets and switches of a run, for a model with so many positions and embeddings."""
+        own = cls(
             tokenizer,
             config.max_prompt_length,
             config.max_teacher_prompt_length,
@@ -98,7 +104,11 @@ class Encoder:
             config.teacher_chat_kwargs,  # type: ignore[arg-type]
             config.max_completion_length,
             positions,
+            embeddings,
         )
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        own.check_ids("processing_class", [] if padding is None else [padding])
+        return own
 
     def ignored_switches(self) -> list[str]:
         """A sentence for each switch (`enable_thinking`) that is set and that the chat template lacks."""
@@ -168,12 +178,25 @@ class Encoder:
 
     def _encoded(self, texts: list[str], origin: str, **how: bool) -> list[list[int]]:
         try:
-            return self.tokenizer(texts, **how)["input_ids"]
+            found = self.tokenizer(texts, verbose=False, **how)["input_ids"]  # of lengths the budget tells
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(
                 f"{origin}: expected text that the tokenizer can encode, got {texts[0][:60]!r}; {error} "
                 "(does a small vocabulary lack words of the template, or of the row?)"
             ) from error
+        for ids in found:
+            self.check_ids(origin, ids)
+        return found
+
+    def check_ids(self, origin: str, ids: Sequence[int]) -> None:
+        """ValueError for a token that the model has no embedding of."""
+        highest = max(ids, default=-1)
+        if self.embeddings is not None and highest >= self.embeddings:
+            raise ValueError(
+                f"{origin}: expected tokens that the model has embeddings of, {self.embeddings} rows; the "
+                f"tokenizer {self.tokenizer.name_or_path} has id {highest} for "
+                f"{self.tokenizer.convert_ids_to_tokens(highest)!r}, added after the model was made"
+            )
 
     def check_budget(self, row: "Row", student: int, teacher: int) -> None:
         """ValueError for a row whose prompts have no tokens, or too many for budgets or positions."""

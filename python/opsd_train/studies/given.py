@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd_train.backbone import embeddings_of
 from opsd_train.commands.options import parse
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import Reading, load_rows
 from opsd_train.demo.run import MODEL, presets
-from opsd_train.loading import load
+from opsd_train.loading import load, load_source
 from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.run_options import RunOptions
 
@@ -29,7 +30,7 @@ class Given:
 
     def prompts(self, config: OPSDConfig) -> list[Prompt]:
         """All rows, encoded with the templates and budgets of `config`."""
-        encoder = Encoder.of(self.tokenizer, config)
+        encoder = Encoder.of(self.tokenizer, config, embeddings=embeddings_of(self.model))
         return encoder.encode(load_rows(self.source, config.to_templates(), reading=self.reading))
 
 
@@ -55,7 +56,7 @@ def load_given(arguments: Sequence[str], demo_rows: Sequence[Mapping[str, Any]] 
     else:
         options, _ = parse([RunOptions, OPSDConfig], [], arguments, DEFAULTS)
         name = options.model
-        model, tokenizer = load(name, options.dtype, options.gguf_file, options.revision)
+        model, tokenizer = load_source(options.source())
         source, reading = options.data, options.reading()
     device = config_of(demo_rows is not None, arguments).device
     return Given(name, model.to(device), tokenizer, source, reading)  # type: ignore[arg-type]

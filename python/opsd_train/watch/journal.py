@@ -22,10 +22,11 @@ class Journal:
         written: the run's record.
         info: what the run is.
         resumes: it goes on with the run that is in the folder.
+        steps: that it is to have.
     """
 
-    def __init__(self, written: RunRecord, info: Mapping[str, Any], resumes: bool) -> None:
-        self.written, self.info = written, dict(info)
+    def __init__(self, written: RunRecord, info: Mapping[str, Any], resumes: bool, steps: int) -> None:
+        self.written, self.info, self.steps = written, dict(info), steps
         self.resumes = resumes
         self.begun = False
         self._start = time.perf_counter()
@@ -52,7 +53,7 @@ class Journal:
         """How it ended, if it had begun: without an error it is finished. Adds what was found besides."""
         if not self.begun:
             return
-        ended: dict[str, Any] = {"how": "finished", "step": state.global_step, "of": state.max_steps}
+        ended: dict[str, Any] = {"how": "finished", "step": state.global_step, "of": self.steps}
         if isinstance(error, Stopped):
             ended |= {"how": "stopped", "why": signal.Signals(error.signum).name}
         elif error is not None:
