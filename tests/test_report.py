@@ -135,7 +135,7 @@ def test_a_token_wears_its_divergence_and_what_the_teacher_wanted(tmp_path: Path
 
 def test_the_teachers_own_context_is_marked(run_folder: Path) -> None:
     html, _ = page_of(run_folder)
-    assert "<pre><mark>hint 579 </mark>123+456=</pre>" in html
+    assert "<mark>hint 579 </mark>123+456=</pre>" in html
 
 
 def test_a_long_rollout_is_cut_and_says_so(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class Chart:
     lines: list[Line]
     note: str
     areas: Sequence[Area] = ()
+    constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Frame:
 
 
 def charts(run: Run) -> dict[str, list[Chart]]:
-    """Draw what the run has: "accuracy" (none or one), "curves", and the "small" side ones."""
+    """Draw what the run has: "accuracy" (none or one), "curves", the "small" side ones and the "constant"."""
     curves = [
         _of_metrics(run, "KL divergence", "nats", forward_kl="forward", reverse_kl="reverse"),
         _of_metrics(run, "Entropy", "nats", student_entropy="student", teacher_entropy="teacher"),
@@ -114,9 +115,7 @@ def charts(run: Run) -> dict[str, list[Chart]]:
             completion_length_min="min",
         ),
         _of_metrics(run, "Truncated share", "%", scale=100, truncated_share=""),
-        _of_metrics(
-            run, "Mass on the student's top", "%", scale=100, teacher_mass="teacher", student_mass="student"
-        ),
+        _of_metrics(run, _of_top(run), "%", scale=100, teacher_mass="teacher", student_mass="student"),
         _of_metrics(run, "Reward", "", reward=""),
         _of_metrics(run, "Clipped share", "%", scale=100, clipped_fraction=""),
         _of_metrics(run, "Gradient norm", "", grad_norm=""),
@@ -128,7 +127,8 @@ def charts(run: Run) -> dict[str, list[Chart]]:
     return {
         "accuracy": [accuracy] if accuracy else [],
         "curves": [chart for chart in curves if chart],
-        "small": [chart for chart in small if chart],
+        "small": [chart for chart in small if chart and not chart.constant],
+        "constant": [chart for chart in small if chart and chart.constant],
     }
 
 
@@ -157,7 +157,8 @@ def draw(title: str, unit: str, series: Sequence[Series], top: float | None = No
         drawn = path(_thin(_smooth(points, window)))
         lines.append(Line(one.label, drawn, path(_thin(points)) if window > 1 else "", dots, number(last)))
     note = f"{missing:,} not finite" if missing else ""
-    return Chart(title, unit, *frame.labels(), lines, note)
+    flat = all(len({y for y in one.values if math.isfinite(y)}) == 1 for one in shown)
+    return Chart(title, unit, *frame.labels(), lines, note, constant=flat and len(shown[0].values) > 1)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -193,6 +194,12 @@ def _of_metrics(
             for key, label in labels.items()
         ],
     )
+
+
+def _of_top(run: Run) -> str:
+    """Of how many of the student's most likely tokens the mass is."""
+    k = (run.info.get("config") or {}).get("mass_top_k")
+    return f"Mass on the student's {k or ''} most likely tokens".replace("  ", " ")
 
 
 def _positions(run: Run) -> dict[str, str]:

@@ -16,6 +16,8 @@ TEACHER_SHOWN_NATS = 0.5  # from here on the teacher's own token is written bene
 MAX_PROBLEMS = 8
 MAX_TOKENS = 400
 SHORT = 16  # tokens; completions up to here stand side by side
+SHARED = 400  # characters at either end of what both read, in the teacher's prompt
+EMPTY = "∅"  # a token without text
 
 
 class Shade(NamedTuple):
@@ -112,7 +114,21 @@ def _added(prompt: str, teacher_prompt: str) -> list[tuple[bool, str]]:
     rest = shortest - head
     tail = next((i for i in range(rest) if prompt[-1 - i] != teacher_prompt[-1 - i]), rest)
     end = len(teacher_prompt) - tail
-    return [(False, teacher_prompt[:head]), (True, teacher_prompt[head:end]), (False, teacher_prompt[end:])]
+    parts = teacher_prompt[:head], teacher_prompt[head:end], teacher_prompt[end:]
+    return [(False, _shortened(parts[0])), (True, parts[1]), (False, _shortened(parts[2]))]
+
+
+def _shortened(text: str) -> str:
+    """What the student reads as well, less its middle, so that what the teacher alone reads is in sight."""
+    left_out = len(text) - 2 * SHARED
+    if left_out <= SHARED:
+        return text
+    return f"{text[:SHARED]}\n[… {left_out:,} characters that the student reads too …]\n{text[-SHARED:]}"
+
+
+def has_empty(rollouts: Sequence[RolloutRecord]) -> bool:
+    """Whether a token without text is shown, written or wanted."""
+    return any(not token["text"] or not token["teacher_top"] for one in rollouts for token in one["tokens"])
 
 
 def _drawn(rollout: RolloutRecord) -> dict[str, Any]:
@@ -158,7 +174,7 @@ def visible(text: str, keep_spaces: bool = False) -> str:
         text = (
             "␣" * (len(text) - len(inner)) + inner.rstrip(" ") + "␣" * (len(inner) - len(inner.rstrip(" ")))
         )
-    return text or "∅"
+    return text or EMPTY
 
 
 def _probability(logprob: float | None) -> str:

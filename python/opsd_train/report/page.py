@@ -49,6 +49,8 @@ def write_report(run_dir: str | Path) -> Path:
         charts=_charts(run),
         area=charts,
         groups=highlight.groups(run.rollouts),
+        empty=highlight.EMPTY,
+        unused=highlight.has_empty(run.rollouts),
         worst=worst(run.rollouts),
         several=any(one.get("samples", 1) > 1 for one in run.evaluations),
         legend=highlight.legend(),

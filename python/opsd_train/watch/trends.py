@@ -22,12 +22,12 @@ def is_clipped(info: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) 
 
 
 def ends(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[float, float] | None:
-    """Means of a metric over the first and the last quarter of its lines; None for fewer than a few."""
+    """A metric at its first line and its mean over the last quarter of the lines; None for few of them."""
     values = [line[name] for line in metrics if math.isfinite(line.get(name, math.nan))]
     if len(values) < LEAST_LINES:
         return None
     share = len(values) // 4
-    return sum(values[:share]) / share, sum(values[-share:]) / share
+    return values[0], sum(values[-share:]) / share
 
 
 def rising(metrics: Sequence[Mapping[str, float]]) -> str | None:
