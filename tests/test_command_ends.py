@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from driver_tiny import ROWS
-from opsd_train.commands.main import app
+from opsd_train.commands.main import app, main
 from opsd_train.engines.base import EngineError
 from server_engines import DEMO
 
@@ -63,3 +65,29 @@ def test_an_evaluation_leaves_nothing_outside_its_folder(
     assert said.splitlines()[-1] == "ended: died"
     assert asked == ["found"]
     assert {entry.name for entry in tmp_path.iterdir()} <= {"rows.jsonl", "found"}
+
+
+@pytest.mark.parametrize("end", [None, SystemExit(0), SystemExit(143), ZeroDivisionError()], ids=repr)
+def test_every_end_leaves_the_process_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None
+) -> None:
+    """A group that is left to the end of the interpreter can abort a run that has saved everything."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    waiting = torch.distributed.all_reduce(torch.ones(3, requires_grad=True).detach(), async_op=True)
+    seen: list[bool] = []
+
+    def stub() -> None:
+        seen.append(torch.distributed.is_initialized())
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr("opsd_train.commands.main.app", stub)
+    try:
+        with pytest.raises(type(end)) if end is not None else nullcontext():
+            main()
+        assert seen == [True]
+        assert not torch.distributed.is_initialized()
+        assert waiting is None or waiting.is_completed()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

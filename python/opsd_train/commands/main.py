@@ -8,7 +8,14 @@ import typer
 
 from opsd_train.commands.data import data_tools
 from opsd_train.commands.models import model_tools
-from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, user_errors
+from opsd_train.commands.terminal import (
+    ANY_OPTION,
+    console,
+    early_ends,
+    leaving_the_others,
+    quiet,
+    user_errors,
+)
 from opsd_train.commands.tools import tools
 
 app = typer.Typer(
@@ -131,4 +138,5 @@ def _say(report: Path | None) -> None:
 
 def main() -> None:
     """Entry point of the command line."""
-    app()
+    with leaving_the_others():
+        app()

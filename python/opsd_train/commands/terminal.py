@@ -1,6 +1,7 @@
 """What the commands share: the console, one message for a mistake, quiet libraries."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,3 +89,32 @@ def _complain(how: str, why: str) -> None:
     """One message, without passwords and keys."""
     said = f"[red]{how}:[/red] {escape(redact(why))}"
     Console(stderr=True).print(said, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def leaving_the_others() -> Iterator[None]:
+    """However the command ends inside, this process leaves its process group while Python still works.
+
+    A thread of gloo may hold the last tensors of a collective. Where it is left to the end of the interpreter
+    to stop that thread, letting go of them can abort the process: a run that has saved everything ends with
+    an error of its launcher.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    except SystemExit as end:
+        failed = end.code not in (None, 0)
+        raise
+    finally:
+        if "torch.distributed" in sys.modules:  # `opsd --help` waits for no import
+            _leave(failed)
+
+
+def _leave(failed: bool) -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        if failed:  # NCCL would wait for the others, who may be in a collective that this process left
+            dist.group.WORLD.abort()  # type: ignore[union-attr]
+        dist.destroy_process_group()
