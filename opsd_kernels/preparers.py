@@ -38,7 +38,7 @@ def group_advantage(
 ) -> dict[str, Tensor]:
     """`advantage` of GRPO: (reward - mean) / (std + eps) over the rollouts of a group.
 
-    The standard deviation is the unbiased one. A group of one rollout has advantage 0.
+    The standard deviation is the unbiased one. A group of one rollout, or of equal rewards, has advantage 0.
 
     Args:
         deviation: False leaves out the division (Dr. GRPO).
@@ -48,10 +48,13 @@ def group_advantage(
     reward = batch["reward"].to(torch.promote_types(batch["reward"].dtype, torch.float32))
     index, groups = group_index(batch)
     n = group_sum(torch.ones_like(reward), index, groups)
-    advantage = reward - group_sum(reward, index, groups) / n
+    # Counted from the group's largest, so that equal rewards leave no rounding to be divided by eps.
+    shifted = reward - group_max(reward, torch.ones_like(reward, dtype=torch.bool), index, groups)
+    advantage = shifted - group_sum(shifted, index, groups) / n
     if deviation:
         variance = group_sum(advantage.square(), index, groups) / (n - 1).clamp(min=1)
-        divisor = variance.sqrt() + eps
+        # Where all are equal they are 0 whatever they are divided by, an eps of 0 too.
+        divisor = torch.where(variance > 0, variance.sqrt() + eps, 1.0)
     else:
         divisor = torch.ones_like(reward)
     if leave_one_out:

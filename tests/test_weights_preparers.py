@@ -225,3 +225,13 @@ def test_wrong_options(b):
         prepare["margin_calibration"](b, mode="down")
     with pytest.raises(ValueError, match=r"gap: expected one of 'mean', 'extremes'; got 'median'"):
         prepare["margin_calibration"](b, gap="median")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_group_advantage_of_a_share_that_is_rounded_is_exactly_zero(dtype, leave_one_out):
+    data = {"reward": torch.full((8,), 0.35, dtype=dtype), "group": torch.zeros(8, dtype=torch.int64)}
+    batch = Batch(torch.ones(8, 1, dtype=torch.bool), data)
+    for eps in (1e-4, 1e-6, 0.0):
+        found = prepare["group_advantage"](batch, eps=eps, leave_one_out=leave_one_out)["advantage"]
+        assert torch.equal(found, torch.zeros_like(found))

@@ -14,13 +14,15 @@ from opsd_kernels.denominators import denominators
 from opsd_kernels.methods.needs import columns as columns_of
 from opsd_kernels.schedules import linear
 from opsd_kernels.tokens import DATA
-from opsd_train.data.columns import Step, row_of, step_column
+from opsd_train.data.columns import Step, cut, padded, row_of, step_column
 from opsd_train.data.rows import Row
 from opsd_train.evaluation.verify import Verifier
-from opsd_train.reading.contexts import STEPS, Attempt, Context
+from opsd_train.reading.context_templates import FALLBACKS, STEPS
+from opsd_train.reading.contexts import Attempt, Context
 from opsd_train.reading.pool import score_pool
 from opsd_train.reading.prompts import Encoder, decode
 from opsd_train.reading.roles import Roles, collate_role
+from opsd_train.reading.thoughts import Thoughts
 from opsd_train.rollouts import Rollout, collate, counted
 
 # Roles that the initial weights read, whatever the teacher's rule.
@@ -83,6 +85,11 @@ class MethodRun:
         return get_method(self.key).recipe(**{**self.options, **moved})
 
     @cached_property
+    def thoughts(self) -> Thoughts:
+        """How the student's thoughts are told from what it says."""
+        return Thoughts.of(self.encoder.tokenizer, self.encoder.student_chat_kwargs)
+
+    @cached_property
     def needs(self) -> tuple[str, ...]:
         """Columns of data that the loss asks for at any step."""
         return _united(columns_of(recipe) for recipe in self._recipes)
@@ -128,7 +135,12 @@ class MethodRun:
         prompts = [one.prompt for one in rollouts]
         rewards = self.verifier.rewards(texts, prompts) if self.rewarded or self.annotate else []
         attempts = (
-            [Attempt(text, reward) for text, reward in zip(texts, rewards, strict=True)] if rewards else None
+            [
+                Attempt(text, reward, self.thoughts.left_out(one.completion))
+                for text, reward, one in zip(texts, rewards, rollouts, strict=True)
+            ]
+            if rewards
+            else None
         )
         readings = self.roles.read([row_of(one) for one in rollouts], self.encoder, attempts)
         return Step(rollouts, rewards, readings, tokenizer)
@@ -166,7 +178,7 @@ class MethodRun:
         if "engine_logprobs" in batch and "rollout_logprob" in self.needs:
             batch["data_rollout_logprob"] = batch["engine_logprobs"]
         length = batch["completion_mask"].shape[1]
-        return batch | {f"data_{name}": _cut(column[part], length) for name, column in columns.items()}
+        return batch | {f"data_{name}": cut(column[part], length) for name, column in columns.items()}
 
     def denominators(
         self, step: int, whole: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]
@@ -216,7 +228,7 @@ class MethodRun:
         rows = [row_of(one).columns for one in step.rollouts]
         longest = max(len(one.completion) for one in step.rollouts)
         return {
-            name: _padded(name, values, longest)
+            name: padded(name, values, longest)
             for name, values in self.annotate(texts, rows, step.rewards).items()
         }
 
@@ -258,6 +270,8 @@ def make_roles(
         name = spec if isinstance(spec, str) else str(spec["name"])
         if name in templates and "template" not in options:
             options["template"] = templates[name]
+        fallbacks = FALLBACKS.get(name, {})
+        options |= {k: templates[of] for k, of in fallbacks.items() if of in templates and k not in options}
         found[role] = Context(name, options)
     _check_different({role: found[role] for role in own if role not in FROZEN})
     return Roles(found)
@@ -276,18 +290,3 @@ def _check_different(contexts: Mapping[str, Context]) -> None:
 def _united(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
     """Every name once, in the order of their first use."""
     return tuple(dict.fromkeys(name for group in groups for name in group))
-
-
-def _cut(column: Tensor, length: int) -> Tensor:
-    """The columns of a batch that is shorter than the step's longest rollout."""
-    return column if column.dim() == 1 else column[:, :length]
-
-
-def _padded(name: str, values: Any, longest: int) -> Tensor:
-    """An annotator's column: a number per rollout, or a list of numbers with one per token."""
-    if name not in DATA:
-        raise ValueError(f"annotator: expected columns among {', '.join(DATA)}; got {name!r}")
-    rows = [list(row) if isinstance(row, Sequence | Tensor) else row for row in values]
-    if rows and not isinstance(rows[0], list):
-        return torch.tensor(rows)
-    return torch.tensor([row[:longest] + [type(row[0])(0)] * (longest - len(row)) for row in rows])

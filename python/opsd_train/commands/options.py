@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from opsd_train.commands.presets import Preset, preset
+from opsd_train.data.strict import StrictLoader
 
 COMMAND_LINE = "command line"
 # Two ways to say one thing: where a later place says it in one way, what an earlier one says is beaten.
@@ -89,7 +90,7 @@ def _written(key: str) -> str:
 
 def _from_yaml(path: Path, names: Sequence[str]) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise ValueError(f"config: expected a YAML file at {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

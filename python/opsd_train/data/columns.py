@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_kernels.preparers import prepare
 from opsd_kernels.registry import Registry
-from opsd_kernels.tokens import Batch
+from opsd_kernels.tokens import DATA, Batch
 from opsd_train.data.rows import Row
 from opsd_train.reading.roles import Reading, group_ids
 from opsd_train.reading.routing import Outcomes, Spans
@@ -96,3 +97,18 @@ def row_of(rollout: Rollout) -> Row:
     if row is None:
         raise ValueError(f"{rollout.prompt.where}: expected a prompt with its row, for a method; got none")
     return row
+
+
+def cut(column: Tensor, length: int) -> Tensor:
+    """The columns of a batch that is shorter than the step's longest rollout."""
+    return column if column.dim() == 1 else column[:, :length]
+
+
+def padded(name: str, values: Any, longest: int) -> Tensor:
+    """An annotator's column: a number per rollout, or a list of numbers with one per token."""
+    if name not in DATA:
+        raise ValueError(f"annotator: expected columns among {', '.join(DATA)}; got {name!r}")
+    rows = [list(row) if isinstance(row, Sequence | Tensor) else row for row in values]
+    if rows and not isinstance(rows[0], list):
+        return torch.tensor(rows)
+    return torch.tensor([row[:longest] + [type(row[0])(0)] * (longest - len(row)) for row in rows])

@@ -1,11 +1,14 @@
 """Rows of a data set, wherever it is, in any of three conventions of columns."""
 
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd_train.data import generated, sources
+from opsd_train.data.messages import check_encodable, is_nan, read_messages, read_tools
 from opsd_train.data.quarantine import Quarantine, Refuse, stop
 from opsd_train.reading.prompts import Message, Templates, fill
 
@@ -21,7 +24,8 @@ class Row:
     """What the student reads, what the teacher reads, which answer is right, and where the row is from.
 
     `problem` is the problem's text without a template, `columns` the record's columns that hold something,
-    for contexts of a teacher and verifiers that read other columns, and `record` the record as it was given.
+    for contexts of a teacher and verifiers that read other columns, `record` the record as it was given, and
+    `tools` what the chat template is told of tools.
     """
 
     student: tuple[Message, ...]
@@ -31,6 +35,7 @@ class Row:
     problem: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     record: Any = field(default=None, repr=False, compare=False)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,13 @@ def load_rows(
     | `prompt`, `privileged_context` | the prompt | the prompt, last message through the context template |
     | `prompt`, `teacher_prompt` | the prompt | the teacher prompt |
 
-    A prompt is a string or a list of chat messages. An optional column `answer` holds what an evaluation
-    compares completions with; without it that is the `solution`, where there is one. With `privileged=False`,
-    `problem` or `prompt` alone will do, and the teacher of such a row reads what the student reads: for
-    methods whose contexts are made from other columns or from rollouts. A row that is none of these, or has a
-    column missing or empty, is a bad one; the ValueError for it names file and line.
+    A prompt is a string or a list of chat messages, which may have `tool_calls` and the like, and a column
+    `tools` says which tools there are: the chat template is given all of it. An optional column `answer`
+    holds what an evaluation compares completions with; without it that is the `solution`, where there is one.
+    With `privileged=False`, `problem` or `prompt` alone will do, and the teacher of such a row reads what the
+    student reads: for methods whose contexts are made from other columns or from rollouts. A number that is
+    none (NaN) is a null. A row that is none of these, or has a column
+    missing or empty, is a bad one; the ValueError for it names file and line.
     """
     rows: list[Row] = []
     first: dict[Any, str] = {}
@@ -160,7 +167,8 @@ def to_row(record: Mapping[str, Any], templates: Templates, where: str, privileg
     if "answer" in columns:
         columns["answer"] = str(answer)
     told = student[-1]["content"] if problem is None else problem
-    return Row(student, teacher, None if answer is None else str(answer), where, told, columns)
+    tools = read_tools(record, where)
+    return Row(student, teacher, None if answer is None else str(answer), where, told, columns, tools=tools)
 
 
 def is_generated(source: Any) -> bool:
@@ -195,18 +203,19 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str) 
             held = ", ".join(record) or "none"
             raise ValueError(f"{where}: expected a column {theirs!r} to read {ours!r} from, got {held}")
     rest = {name: value for name, value in record.items() if name not in columns.values()}
-    return rest | {ours: record[theirs] for ours, theirs in columns.items()}
+    named = rest | {ours: record[theirs] for ours, theirs in columns.items()}
+    return {name: None if is_nan(value) else value for name, value in named.items()}
 
 
 def _check_new(row: Row, first: dict[Any, str]) -> None:
-    key = (_as_key(row.student), _as_key(row.teacher), row.answer)
+    key = (_as_key(row.student), _as_key(row.teacher), row.answer, json.dumps(row.tools, default=str))
     if key in first:
         raise ValueError(f"{row.where}: expected each row once, got that of {first[key]} again")
     first[key] = row.where
 
 
-def _as_key(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in messages)
+def _as_key(messages: Sequence[Message]) -> str:
+    return json.dumps(messages, sort_keys=True, default=str)
 
 
 def _answer(record: Mapping[str, Any], where: str) -> Any:
@@ -214,19 +223,10 @@ def _answer(record: Mapping[str, Any], where: str) -> Any:
     if answer is not None and not isinstance(answer, str | int | float):
         raise ValueError(f"{where}: expected a text or a number in column 'answer', got {answer!r}")
     if isinstance(answer, str):
-        _check_encodable(answer, "answer", where)
+        check_encodable(answer, "answer", where)
+    elif isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"{where}: expected a finite number in column 'answer', got {answer!r}")
     return answer
-
-
-def _check_encodable(text: str, column: str, where: str) -> None:
-    """ValueError for text that is none: JSON can name halves of characters that UTF-8 has no bytes for."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: expected text in column {column!r}, got the lone surrogate "
-            f"U+{ord(text[error.start]):04X} in it"
-        ) from None
 
 
 def _text(record: Mapping[str, Any], column: str, where: str) -> str:
@@ -234,27 +234,15 @@ def _text(record: Mapping[str, Any], column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         got = "no such column" if column not in record else repr(value)
         raise ValueError(f"{where}: expected text in column {column!r}, got {got}")
-    _check_encodable(value, column, where)
+    check_encodable(value, column, where)
     return value
 
 
 def _messages(record: Mapping[str, Any], column: str, where: str) -> tuple[Message, ...]:
     value = record.get(column)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        if not all(isinstance(m, Mapping) and _is_message(m) for m in value):
-            raise ValueError(
-                f"{where}: expected messages with a role and a content in column {column!r}, got {value!r}"
-            )
-        if value[-1]["role"] == "assistant":
-            raise ValueError(f"{where}: expected column {column!r} to end before the assistant's turn")
-        for message in value:
-            _check_encodable(message["content"], column, where)
-        return tuple({"role": m["role"], "content": m["content"]} for m in value)
+        return read_messages(value, column, where)
     return _user(_text(record, column, where))
-
-
-def _is_message(message: Mapping[str, Any]) -> bool:
-    return all(isinstance(message.get(key), str) and message[key].strip() for key in ("role", "content"))
 
 
 def _user(text: str) -> tuple[Message, ...]:

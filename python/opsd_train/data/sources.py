@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import parse_qsl
 import datasets
 
 from opsd_train.data import generated
+from opsd_train.data.strict import RepeatedKey, loads, repeated_line
 from opsd_train.loading import HUB_ID
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
@@ -191,7 +191,7 @@ def _parsed(line: str, where: str) -> Found:
     if error := _not_utf8(text):
         return Found(where, {}, text, f"{where}: {error}")
     try:
-        record = json.loads(text, parse_constant=_no_constant)
+        record = loads(text)
     except (ValueError, RecursionError) as error:
         reason = f"{where}: expected a JSON object, got {text.strip()[:60]!r}: {error}"
         return Found(where, {}, text, reason)
@@ -211,7 +211,9 @@ def _json(path: Path) -> Iterator[Found]:
         yield from _jsonl(path)
         return
     try:
-        held = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        held = loads(text := raw.decode("utf-8"))
+    except RepeatedKey as error:
+        raise ValueError(f"{path} line {repeated_line(text)}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON list of objects; {error}") from None
     for number, record in enumerate(held, start=1):
@@ -264,10 +266,6 @@ def _not_utf8(text: str) -> str | None:
         byte = text[error.start].encode("utf-8", "surrogateescape").hex()
         return f"expected UTF-8, got the byte 0x{byte}"
     return None
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _unreadable(path: Path, error: Exception) -> NoReturn:

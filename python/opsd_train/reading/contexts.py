@@ -1,8 +1,8 @@
 """What the teacher is told: builders of its message from a row's columns and the rollouts of the step.
 
-A builder gives the text of the teacher's last message, or None for a row in which it finds nothing to tell:
-that row is not privileged. Most fill a template, in which `{problem}` is the problem, `{prompt}` the message
-that the student reads, and the names beside it what the builder found.
+A builder gives the text of the teacher's last message, or None where it finds nothing to tell: that row is
+not privileged. Most fill a template, in which `{problem}` is the problem, `{prompt}` the message that the
+student reads, and the names beside it what the builder found.
 """
 
 import inspect
@@ -11,42 +11,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opsd_kernels.registry import Registry
+from opsd_train.reading.context_templates import (
+    ANSWER,
+    BOTH,
+    CRITIQUE,
+    DEBATE,
+    DEMONSTRATION,
+    FEEDBACK,
+    FOLLOW_UP,
+    HINT,
+    PARTIAL,
+    REPHRASE,
+    RETRY,
+    REVISION,
+    RUBRIC,
+    SKILL,
+)
 from opsd_train.reading.prompts import CONTEXT_TEMPLATE, TEACHER_TEMPLATE, Message, fill
 from opsd_train.reading.texts import final_answer, steps, without_thoughts
-
-AGAIN = "Solve the problem yourself, in your own words. Reason step by step, then state the final answer."
-ANSWER = "{problem}\n\nThe final answer is {answer}.\n\n" + AGAIN
-PARTIAL = (
-    "{problem}\n\nA reference solution begins like this.\n\n{steps}\n\nIts final answer is {answer}.\n\n"
-    + AGAIN
-)
-STEPS = "{problem}\n\nA reference solution begins like this.\n\n{steps}\n\n" + AGAIN
-RUBRIC = "{problem}\n\nA response is judged by this rubric.\n\n{rubric}\n\nRespond so that it is met in full."
-FEEDBACK = "{problem}\n\nFeedback on an earlier attempt follows.\n\n{feedback}\n\n" + AGAIN
-SKILL = "{problem}\n\nThis is known to help with such problems.\n\n{skill}\n\n" + AGAIN
-HINT = "{problem}\n\nHint: {hint}\n\n" + AGAIN
-DEMONSTRATION = "{problem}\n\nA correct solution follows.\n\n{demonstration}\n\n" + AGAIN
-BOTH = (
-    "{problem}\n\nA correct solution follows.\n\n{demonstration}\n\n"
-    "Feedback on an earlier attempt follows.\n\n{feedback}\n\n" + AGAIN
-)
-FOLLOW_UP = (
-    "{problem}\n\nThe reply to this message will be answered with:\n\n{follow_up}\n\n"
-    "Reply to the message so that this has been heeded from the start, without mentioning it."
-)
-CRITIQUE = "{problem}\n\nAn attempt and what is to be said of it follow.\n\n{critique}\n\n" + AGAIN
-DEBATE = "{problem}\n\nSeveral experts have discussed the problem.\n\n{debate}\n\n" + AGAIN
-REVISION = "{problem}\n\nThis is an attempt.\n\n{attempt}\n\n{control}"
-REPHRASE = "The attempt is correct. Write the solution again, clearly and without detours."
-RETRY = "The attempt is wrong. Find out where, then solve the problem again from the start."
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A rollout as text, and its reward in [0, 1]."""
+    """A rollout as text, its reward in [0, 1], and what it says beside its thoughts."""
 
     text: str
     reward: float
+    said: str | None = None
+
+    @property
+    def spoken(self) -> str:
+        """The text without its thoughts: `said`, or what is left without the usual markers."""
+        return without_thoughts(self.text) if self.said is None else self.said
 
 
 @dataclass(frozen=True)
@@ -155,11 +151,14 @@ def answer_only(known: Known, *, template: str = ANSWER) -> str | None:
 
 
 @context
-def partial_solution(known: Known, *, alpha: float = 0.5, template: str = PARTIAL) -> str | None:
+def partial_solution(
+    known: Known, *, alpha: float = 0.5, template: str = PARTIAL, answer_template: str | None = None
+) -> str | None:
     """The first `floor(alpha m)` of the solution's m steps and the final answer (2605.11458).
 
-    With no step to show, the answer alone through its own template; None without an answer. A template
-    without `{answer}` shows the steps alone (2605.20643).
+    With no step to show, the answer alone through `answer_template`: `answer_only`'s, or a template of the
+    run's own with nothing for its steps. None without an answer. A template without `{answer}` shows the
+    steps alone (2605.20643).
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a share in [0, 1]; got {alpha}")
@@ -167,7 +166,9 @@ def partial_solution(known: Known, *, alpha: float = 0.5, template: str = PARTIA
     shown = parts[: int(alpha * len(parts) + 1e-9)]  # 0.29 * 100 is 29 steps, whatever the rounding
     end = {"answer": known.answer} if "{answer}" in template else {}
     if not shown:
-        return known.filled(ANSWER, **end) if end else None
+        if answer_template is None and template != PARTIAL:
+            return known.filled(template, steps="", **end) if end else None
+        return known.filled(answer_template or ANSWER, **end) if end else None
     return known.filled(template, steps="\n\n".join(shown), **end)
 
 
@@ -233,6 +234,7 @@ def sibling(
     with_feedback: str = "never",
     thoughts: bool = False,
     template: str = DEMONSTRATION,
+    feedback_template: str = FEEDBACK,
 ) -> str | None:
     """A successful rollout of the same prompt as a demonstration (2601.20802).
 
@@ -242,18 +244,19 @@ def sibling(
         threshold: least reward of a success.
         own_success: whether a rollout that succeeded may be its own demonstration, where no sibling is.
         with_feedback: when the column `feedback` is told too: `never`, `without` one, or `always`.
-        thoughts: whether `<think>...</think>` stays in the demonstration.
+        thoughts: whether thoughts, in any markers of the chat template, stay in the demonstration.
         template: the message with a demonstration and no feedback.
+        feedback_template: the message with feedback and no demonstration.
     """
     if with_feedback not in ("never", "without", "always"):
         raise ValueError(f"with_feedback: expected never, without or always; got {with_feedback!r}")
     shown = [*known.siblings, *([known.own] if own_success and known.own is not None else [])]
-    texts = [one.text if thoughts else without_thoughts(one.text) for one in shown if one.reward >= threshold]
+    texts = [one.text if thoughts else one.spoken for one in shown if one.reward >= threshold]
     successes = [text for text in texts if text.strip()]
     demonstration = successes[index] if index < len(successes) else None
     said = None if with_feedback == "never" else known.text("feedback")
     if demonstration is None:
-        return known.filled(FEEDBACK, feedback=said)
+        return known.filled(feedback_template, feedback=said)
     if said is not None and with_feedback == "always":
         return known.filled(BOTH, demonstration=demonstration, feedback=said)
     return known.filled(template, demonstration=demonstration)

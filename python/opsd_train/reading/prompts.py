@@ -1,22 +1,22 @@
 """From a row's messages to token ids: templates, the chat template, budgets, left padding."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from opsd_train.data.quarantine import Refuse, stop
 from opsd_train.reading import thinking
+from opsd_train.reading.bounds import fewest_tokens
+from opsd_train.reading.templating import Message, Tools, written
 
 if TYPE_CHECKING:
     from opsd_train.config import OPSDConfig
     from opsd_train.data.rows import Row
-
-Message: TypeAlias = dict[str, str]
 
 STUDENT_TEMPLATE = "{problem}\n\nReason step by step, then state the final answer."
 TEACHER_TEMPLATE = (
@@ -118,6 +118,7 @@ class Encoder:
     def encode(self, rows: "Sequence[Row]", refuse: Refuse = stop) -> list[Prompt]:
         """Tokenise every row; one that does not fit is refused by its place, nothing is truncated."""
         prompts = []
+        rows = [row for row in rows if not self._refused(row, refuse)]
         for row, encoded in zip(rows, self._encoded_rows(rows), strict=True):
             try:
                 student, teacher = encoded or self._encoded_row(row)
@@ -131,8 +132,9 @@ class Encoder:
     def _encoded_rows(self, rows: "Sequence[Row]") -> Sequence[tuple[list[int], list[int]] | None]:
         """The ids of student and teacher in one go; None for every row if one of them cannot be encoded."""
         try:
-            student = self._ids([row.student for row in rows], self.student_chat_kwargs)
-            teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs)
+            tools = [row.tools for row in rows]
+            student = self._ids([row.student for row in rows], self.student_chat_kwargs, tools=tools)
+            teacher = self._ids([row.teacher for row in rows], self.teacher_chat_kwargs, tools=tools)
         except ValueError:
             return [None] * len(rows)
         return list(zip(student, teacher, strict=True))
@@ -140,53 +142,82 @@ class Encoder:
     def _encoded_row(self, row: "Row") -> tuple[list[int], list[int]]:
         ours, theirs = _origins(row)
         try:
-            (student,) = self._ids([row.student], self.student_chat_kwargs, ours)
-            (teacher,) = self._ids([row.teacher], self.teacher_chat_kwargs, theirs)
+            (student,) = self._ids([row.student], self.student_chat_kwargs, ours, [row.tools])
+            (teacher,) = self._ids([row.teacher], self.teacher_chat_kwargs, theirs, [row.tools])
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
         return student, teacher
 
-    def student_ids(self, chats: "Sequence[Sequence[Message]]") -> list[tuple[int, ...]]:
+    def student_ids(self, rows: "Sequence[Row]") -> list[tuple[int, ...]]:
         """What the student reads, as ids; they are not held to a budget here."""
-        return [tuple(ids) for ids in self._ids(chats, self.student_chat_kwargs)]
+        chats, tools = [row.student for row in rows], [row.tools for row in rows]
+        return [tuple(ids) for ids in self._ids(chats, self.student_chat_kwargs, tools=tools)]
 
     def teacher_ids(
-        self, chats: "Sequence[Sequence[Message]]", origin: str = "prompt"
+        self,
+        chats: "Sequence[Sequence[Message]]",
+        origin: str = "prompt",
+        tools: "Sequence[Tools] | None" = None,
     ) -> list[tuple[int, ...]]:
         """What a teacher reads, as ids, without a budget; errors name the option the texts came from."""
-        return [tuple(ids) for ids in self._ids(chats, self.teacher_chat_kwargs, origin)]
+        return [tuple(ids) for ids in self._ids(chats, self.teacher_chat_kwargs, origin, tools)]
 
     def _ids(
-        self, chats: "Sequence[Sequence[Message]]", chat_kwargs: Mapping[str, Any], origin: str = "prompt"
+        self,
+        chats: "Sequence[Sequence[Message]]",
+        chat_kwargs: Mapping[str, Any],
+        origin: str = "prompt",
+        tools: "Sequence[Tools] | None" = None,
     ) -> list[list[int]]:
         if not chats:
             return []
+        texts = written(self.tokenizer, chats, chat_kwargs, tools or [()] * len(chats))
         if self.tokenizer.chat_template is not None:
-            try:
-                texts = self.tokenizer.apply_chat_template(
-                    [list(chat) for chat in chats], tokenize=False, add_generation_prompt=True, **chat_kwargs
-                )
-            except TemplateError as error:
-                raise ValueError(
-                    f"prompt: expected messages that the chat template takes; {error}"
-                ) from error
             # The chat template has already written the special tokens.
-            return self._encoded(list(texts), origin, add_special_tokens=False)  # type: ignore[arg-type]
-        if any(len(chat) != 1 for chat in chats):
-            raise ValueError("prompt: expected a single message, since the tokenizer has no chat template")
-        return self._encoded([chat[0]["content"] for chat in chats], origin)
+            return self._encoded(texts, origin, add_special_tokens=False)
+        return self._encoded(texts, origin)
+
+    def _refused(self, row: "Row", refuse: Refuse) -> bool:
+        """Whether a row is refused for texts that are over their budgets however they are tokenised."""
+        for reader, chat, given, budget, option in (
+            ("student", row.student, self.student_chat_kwargs, self.max_prompt_length, "max_prompt_length"),
+            (
+                "teacher",
+                row.teacher,
+                self.teacher_chat_kwargs,
+                self.max_teacher_prompt_length,
+                "max_teacher_prompt_length",
+            ),
+        ):
+            if sum(len(message["content"]) for message in chat) <= budget:
+                continue
+            try:
+                (text,) = written(self.tokenizer, [chat], given, [row.tools])
+            except ValueError:
+                return False  # it is refused where it is encoded
+            if (least := fewest_tokens(self.tokenizer, text)) > budget:
+                reason = (
+                    f"{row.where}: a prompt is longer than its budget: the {reader}'s has at least {least} "
+                    f"tokens ({option} {budget}); nothing is truncated"
+                )
+                refuse(reason, row.where, row.record)
+                return True
+        return False
 
     def _encoded(self, texts: list[str], origin: str, **how: bool) -> list[list[int]]:
         try:
-            found = self.tokenizer(texts, verbose=False, **how)["input_ids"]  # of lengths the budget tells
+            # Of lengths the budget tells.
+            found = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False, **how)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(
                 f"{origin}: expected text that the tokenizer can encode, got {texts[0][:60]!r}; {error} "
                 "(does a small vocabulary lack words of the template, or of the row?)"
             ) from error
-        for ids in found:
+        pairs = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+        open_ended = [self._open(*pair) for pair in pairs]
+        for ids in open_ended:
             self.check_ids(origin, ids)
-        return found
+        return open_ended
 
     def check_ids(self, origin: str, ids: Sequence[int]) -> None:
         """ValueError for a token that the model has no embedding of."""
@@ -197,6 +228,20 @@ class Encoder:
                 f"tokenizer {self.tokenizer.name_or_path} has id {highest} for "
                 f"{self.tokenizer.convert_ids_to_tokens(highest)!r}, added after the model was made"
             )
+
+    def _open(self, ids: list[int], added: list[int]) -> list[int]:
+        """The ids without those that the tokenizer puts behind every text: a completion is to follow."""
+        end = len(ids)
+        while end and added[end - 1] and 0 in added:
+            end -= 1
+        if end < len(ids):
+            names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(ids[end:])))
+            warnings.warn(
+                f"the tokenizer ends every text in {names}: prompts are read without it, since a "
+                "completion is to follow",
+                stacklevel=2,
+            )
+        return ids[:end]
 
     def check_budget(self, row: "Row", student: int, teacher: int) -> None:
         """ValueError for a row whose prompts have no tokens, or too many for budgets or positions."""

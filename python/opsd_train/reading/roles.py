@@ -108,7 +108,7 @@ def collate_role(
 def _read(context: Context, rows: Sequence[Row], known: Sequence[Known], encoder: Encoder) -> Reading:
     texts = [_told(context, row, one) for row, one in zip(rows, known, strict=True)]
     # Who is told nothing more reads what the student reads, with the student's switches of the chat template.
-    plain = encoder.student_ids([row.student for row in rows])
+    plain = encoder.student_ids(rows)
     chats = {
         index: teacher_messages(rows[index].student, text)
         for index, text in enumerate(texts)
@@ -137,11 +137,11 @@ def _encoded(
     """The ids of the rows that are told something; ValueError naming the first that cannot be encoded."""
     origin = OWN_TEMPLATES.get(context.name, "") + f"context_templates ({context.name!r})"
     try:
-        return encoder.teacher_ids(list(chats.values()), origin)
+        return encoder.teacher_ids(list(chats.values()), origin, [rows[index].tools for index in chats])
     except ValueError:
         for index, chat in chats.items():
             try:
-                encoder.teacher_ids([chat], origin)
+                encoder.teacher_ids([chat], origin, [rows[index].tools])
             except ValueError as error:
                 raise ValueError(f"{rows[index].where}: {error}") from error
         raise

@@ -1,14 +1,30 @@
 """What can be told of a solution's text without knowing its subject: thoughts, steps, the final answer."""
 
 import re
+from collections.abc import Sequence
 
-THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+# How a thought begins and ends, unless a chat template says otherwise.
+MARKERS = tuple((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning"))
 STATED = re.compile(r"(?:####|[Aa]nswer\s*(?:is|:|=)+)\s*([^\n]+)")
 
 
-def without_thoughts(text: str) -> str:
-    """The text without `<think>...</think>`; thoughts that never end are thoughts to the end."""
-    return THOUGHTS.sub("", text).strip()
+def without_thoughts(text: str, markers: Sequence[tuple[str, str]] = MARKERS, opened: bool = False) -> str:
+    """The text without its thoughts; those that never end are thoughts to the end.
+
+    An end without a beginning ends a thought that began in front of the text, where chat templates begin it.
+
+    Args:
+        text: what was written.
+        markers: how thoughts begin and end.
+        opened: whether a thought is known to have begun before.
+    """
+    begins, ends = ("|".join(map(re.escape, names)) for names in zip(*markers, strict=True))
+    first = re.search(f"(?P<begin>{begins})|(?P<end>{ends})", text)
+    if opened and first is None:
+        return ""
+    if first is not None and (opened or first["end"]):
+        text = re.sub(rf"\A.*?(?:{ends}|\Z)", "", text, count=1, flags=re.DOTALL)
+    return re.sub(rf"(?:{begins}).*?(?:{ends}|\Z)", "", text, flags=re.DOTALL).strip()
 
 
 def steps(text: str) -> list[str]:

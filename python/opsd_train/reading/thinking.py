@@ -35,6 +35,11 @@ def ignored(tokenizer: PreTrainedTokenizerBase, **chat_kwargs: Any) -> list[str]
     ]
 
 
+def sample(tokenizer: PreTrainedTokenizerBase, **given: Any) -> str:
+    """What the chat template makes of a message, up to the completion; empty without a template."""
+    return "" if tokenizer.chat_template is None else _written(tokenizer, **given)
+
+
 def _written(tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = True, **given: Any) -> str:
     return str(
         tokenizer.apply_chat_template(
