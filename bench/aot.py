@@ -19,8 +19,9 @@ from typing import Any
 import triton
 from rich.console import Console
 from rich.table import Table
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_kernel
 
 from bench.aot_ttir import overflows
@@ -61,7 +62,8 @@ class Usage:
 
 def usage(target: str, variant: Variant) -> Usage:
     """Compiles a variant for a target and reads what it takes."""
-    compiled = _compiled(target, variant, strides="i64")
+    source, options = _source(variant, strides="i64")
+    compiled = compile_kernel(source, target=TARGETS[target], options=options)
     text = compiled.asm["ptx" if target.startswith("sm") else "amdgcn"]
     found = _nvidia(compiled.asm["cubin"]) if target.startswith("sm") else _amd(text)
     atomics = len(FLOAT_ATOMIC.findall(text))
@@ -74,11 +76,26 @@ def narrow_offsets(variant: Variant) -> list[str]:
     A launch passes a stride below 2^31 as int32, and then it is the kernel that has to widen: so strides are
     int32 here, where those of `usage` are int64, which takes the most registers.
     """
-    compiled = _compiled(variant.target or OFFSETS_TARGET, variant, strides="i32")
-    return overflows(compiled.asm["ttir"], BOUNDS, variant.grid)
+    source, options = _source(variant, strides="i32")
+    return overflows(_ttir(source, TARGETS[variant.target or OFFSETS_TARGET], options), BOUNDS, variant.grid)
 
 
-def _compiled(target: str, variant: Variant, strides: str) -> Any:
+def _ttir(source: ASTSource, target: GPUTarget, given: dict[str, Any]) -> str:
+    """The text of the first stage of `triton.compile`, without the others."""
+    backend = make_backend(target)
+    options = backend.parse_options(given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, functions, modules, context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def _source(variant: Variant, strides: str) -> tuple[ASTSource, dict[str, Any]]:
+    """A variant as Triton's compiler takes it, and its options."""
     kernel = variant.kernel
     signature = {name: variant.type_of(name) for name in kernel.arg_names}
     signature |= {
@@ -90,13 +107,15 @@ def _compiled(target: str, variant: Variant, strides: str) -> Any:
     options = {
         "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    return compile_kernel(source, target=TARGETS[target], options=options)
+    return source, options
 
 
-def _examine(targets: list[str], number: int) -> tuple[list[Usage], list[str]]:
+def _examine(targets: list[str], spread: bool, number: int) -> tuple[list[Usage], list[str]]:
     """Usage by target and narrow offsets; by number, since kernels cannot be sent to another process."""
     variant = variants()[number]
     asked = [target for target in targets if variant.target in (None, target)]
+    if spread and variant.has_less_than_another:
+        asked = asked[number % len(asked) :][:1]
     return [usage(target, variant) for target in asked], narrow_offsets(variant) if asked else []
 
 
@@ -130,10 +149,16 @@ def main() -> None:
     """Compiles everything, prints the table, exits with 1 on a variant that does not pass."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--spread",
+        action="store_true",
+        help="variants without another one's clip or cap are compiled for one target each, in turn",
+    )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    examine = partial(_examine, arguments.targets, arguments.spread)
     with ProcessPoolExecutor(arguments.processes) as pool:
-        groups = list(pool.map(partial(_examine, arguments.targets), range(len(variants()))))
+        groups = list(pool.map(examine, range(len(variants()))))
     table = Table(title=f"Triton {triton.__version__}: registers a thread, KiB of shared memory")
     table.add_column("kernel")
     for target in arguments.targets:

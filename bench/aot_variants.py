@@ -59,6 +59,11 @@ class Variant:
         others = sorted({kind.removeprefix("*") for kind in self.types.values()} - {"fp32"})
         return " ".join([self.kernel.__name__.removesuffix("_kernel"), *chosen, *others])
 
+    @property
+    def has_less_than_another(self) -> bool:
+        """Whether some variant is this one and the gradient of a scaled clip or of a soft-cap besides."""
+        return self.constants.get("CLIP", "scale") != "scale" or not self.constants.get("CAPPED", True)
+
     def type_of(self, argument: str) -> str:
         """Triton's name of an argument's type."""
         if argument in self.constants:
