@@ -10,6 +10,12 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: one that began last would leave the other processes idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _engine_conditions(request: pytest.FixtureRequest) -> Iterator[None]:
     """For the engine and its kernels: one thread, and memory from `torch.empty` is full of NaN.

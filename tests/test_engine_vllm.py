@@ -127,12 +127,12 @@ def test_it_writes_what_the_student_would_before_and_after_a_step(closing, tmp_p
     assert {written.tokens[0] for written in firsts} == set(best)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+# Those with a tied head are the demo's model, a Qwen3, and SmolLM2, a Llama.
 @pytest.mark.parametrize("kind", [Qwen3ForCausalLM, LlamaForCausalLM])
-def test_random_students_with_tied_and_untied_heads(closing, kind: type, tied: bool, tmp_path: Path) -> None:
-    student = tiny_model(kind=kind, tie_word_embeddings=tied, **WIDE)
+def test_random_students_with_untied_heads(closing, kind: type, tmp_path: Path) -> None:
+    student = tiny_model(kind=kind, tie_word_embeddings=False, **WIDE)
     one = both(closing, student, tmp_path)
-    for _ in range(3):
+    for _ in range(2):
         one.follow()
         one.check()
         moved(student)
