@@ -83,9 +83,7 @@ class LineCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Print the accuracy."""
-        found = intervals(from_metrics(kwargs["metrics"], state.global_step))
-        told = "  ".join(f"{name} {interval(one)}" for name, one in found.items())
-        say(self.console, f"step {state.global_step}: held-out accuracy {told}")
+        say(self.console, _evaluated(kwargs["metrics"], state.global_step))
 
     def close(self) -> None:
         """There is nothing to give back."""
@@ -133,6 +131,12 @@ class ProgressCallback(TrainerCallback):
             self.bar.below = f"s/step: {'  '.join(spent)}" if spent else ""
             self.bar.update(self.task, description="  ".join(shown(logs)))
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the accuracy above the bar, where it stays."""
+        say(self.bar.console, _evaluated(kwargs["metrics"], state.global_step))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -163,6 +167,13 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Write an evaluation."""
         self.record.add_evaluation(from_metrics(kwargs["metrics"], state.global_step))
+
+
+def _evaluated(metrics: Mapping[str, float], step: int) -> str:
+    """An evaluation as a line."""
+    found = intervals(from_metrics(metrics, step))
+    told = "  ".join(f"{name} {interval(one)}" for name, one in found.items())
+    return f"step {step}: held-out accuracy {told}"
 
 
 def accuracy_table(before: Evaluation, after: Evaluation) -> Table:
