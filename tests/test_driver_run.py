@@ -179,7 +179,7 @@ def test_training_set_without_answers_is_enough_to_train(tmp_path: Path) -> None
         ({"objective": "kl"}, "objective: expected one of forward_kl"),
         ({"clip_mode": "soft"}, "clip_mode: expected one of zero, scale, ratio; got 'soft'"),
         ({"entry_clip": -1.0}, "entry_clip: expected a number above 0"),
-        ({"beta": 2.0}, "beta: expected a number in"),
+        ({"objective": "jsd", "beta": 2.0}, "beta: expected a number in"),
         ({"temperature": -0.1}, "temperature: expected a number at least 0, got -0.1"),
         ({"loss_temperature": 0.0}, "loss_temperature: expected a number above 0, got 0.0"),
         ({"top_p": 0.0}, "top_p: expected a number above 0"),
