@@ -167,3 +167,13 @@ def test_a_run_counts_what_it_set_aside_and_resumes(tmp_path: Path) -> None:
     options = RunOptions(model=model, data=str(alone), skip_bad_rows=3)
     with pytest.raises(ValueError, match="data: expected at least one row that fits, got none of 1"):
         train(options, tiny_config(tmp_path / "none"), Console(quiet=True))
+
+
+@pytest.mark.parametrize(("resumes", "writes", "kept"), [(0, 1, False), (1, 1, True), (0, 0, True)])
+def test_only_a_new_run_and_its_first_process_begin_the_file_anew(
+    tmp_path: Path, resumes: int, writes: int, kept: bool
+) -> None:
+    held = tmp_path / BAD_ROWS
+    held.write_text("{}\n")
+    Quarantine(tmp_path, 1, bool(resumes), bool(writes))
+    assert held.exists() == kept

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opsd_train.reading.routing import (
     Markers,
+    Outcomes,
     Spans,
     best_rollout,
     share_inside,
@@ -97,3 +98,8 @@ def test_best_rollout_is_right_first_then_likely() -> None:
         best_rollout([True, True], [0.3])
     with pytest.raises(ValueError, match="got 0 for 0"):
         best_rollout([], [])
+
+
+def test_a_reward_of_half_is_right() -> None:
+    outcomes = Outcomes(torch.tensor([0.49, 0.5, 0.51]), torch.ones(3, dtype=torch.bool))
+    assert outcomes.correct.tolist() == [False, True, True]
