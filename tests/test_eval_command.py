@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,30 @@ def test_mistakes_of_opsd_eval_are_one_message(model: Path, rows: Path, tmp_path
         assert code == 2, output
         assert message in output
     assert not (tmp_path / "out").exists()
+
+
+def test_opsd_eval_takes_a_run_s_configuration(model: Path, rows: Path, tmp_path: Path) -> None:
+    """What the command line says beats the file, whose data are the training rows; model and rule are named."""
+    config, out = tmp_path / "run.yaml", tmp_path / "found"
+    given = {"model": "none", "data": "none", "eval_data": str(rows), "student_template": "{problem}"}
+    config.write_text(yaml.safe_dump(given | {"max_completion_length": 4, "eval_match": "number", "seed": 5}))
+    words = ["--config", config, "--model", model, "--use-cpu", "--out", out, "--seed", 3]
+    code, said = invoke("eval", *words)
+    assert code == 0, said
+    assert f"model {model}; accuracy on" in said
+    assert "its last number is that of the answer (--eval-match number)" in said
+    found = json.loads((out / "eval.json").read_text())
+    assert (found["data"], found["config"]["eval_match"], found["config"]["seed"]) == (str(rows), "number", 3)
+
+
+def test_columns_of_other_names_are_told_how_to_be_named(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text(json.dumps({"question": "1+2=", "answer": "3"}))
+    code, said = invoke("eval", "--model", model, "--data", rows, "--use-cpu", "--out", tmp_path / "found")
+    assert code == 2
+    assert """--columns '{"problem": "question", "solution": "answer"}' says what they are called""" in said
+
+
+def test_the_version_and_completion_are_there() -> None:
+    assert invoke("--version") == (0, f"opsd-kernels {version('opsd-kernels')}")
+    assert "--install-completion" in invoke("--help")[1]

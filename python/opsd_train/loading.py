@@ -1,7 +1,6 @@
 """Model and tokenizer from a folder, a hub id or a GGUF file, and LoRA adapters on top."""
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from transformers.integrations import deepspeed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsd_train.adapters import Adapter, Wanted, adapter_at, merged, with_adapter, with_adapter_on, with_lora
+from opsd_train.hub import HUB_ID
 from opsd_train.model_files import check_files, configuration, expected, from_files
 from opsd_train.quantized import option_of, prepared, quantization
 from opsd_train.safety.folders import whole_folder
 from opsd_train.safety.student_files import write_student
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Of a folder's configuration and of its tokenizer, in any form, a file that there must be.
 PARTS = (
     ("config.json", "adapter_config.json"),

@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from opsd_train.commands import early
 from opsd_train.commands.terminal import ANY_OPTION, console, quiet, show, user_errors
 
 data_tools = typer.Typer()
@@ -29,6 +30,9 @@ def check(
     Nothing is trained and no weights are loaded. Leaves with exit code 1 if a row would be refused. Any
     option that `opsd options` lists can be given.
     """
+    given = [f"--data={data}", f"--model={model or ''}", *context.args]
+    with user_errors():
+        early.check(given, preset=preset, config=config)
     from opsd_train.commands.options import layers, parse
     from opsd_train.config import OPSDConfig
     from opsd_train.data.check import check as check_data
@@ -37,7 +41,6 @@ def check(
     from opsd_train.run_options import RunOptions
 
     quiet()
-    given = [f"--data={data}", f"--model={model or ''}", *context.args]
     with user_errors():
         options, settings = parse(
             [RunOptions, OPSDConfig], layers(preset, config), given, ["--output_dir=opsd-unused"]

@@ -1,13 +1,16 @@
 """The command `opsd`."""
 
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from opsd_train.commands import early
 from opsd_train.commands.data import data_tools
 from opsd_train.commands.models import model_tools
+from opsd_train.commands.option_names import OF_THE_DEMO
 from opsd_train.commands.terminal import (
     ANY_OPTION,
     console,
@@ -21,13 +24,27 @@ from opsd_train.commands.tools import tools
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="markdown",  # joins the lines of a paragraph
     help="On-policy self-distillation: a model learns from what it knows once it has seen the solution.",
 )
 app.add_typer(tools)
 app.add_typer(data_tools)
 app.add_typer(model_tools)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"opsd-kernels {version('opsd-kernels')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def opsd(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """On-policy self-distillation: a model learns from what it knows once it has seen the solution."""
 
 
 @app.command(context_settings=ANY_OPTION)
@@ -44,6 +61,8 @@ def demo(
     Any option that `opsd options` lists can be given: --objective, --entry-clip, --clip-mode, --teacher and
     so on.
     """
+    with user_errors():
+        early.check(context.args, [OF_THE_DEMO])
     from opsd_train.demo import run as demo_run
     from opsd_train.train import run
 
@@ -83,6 +102,10 @@ def train(
     Any option that `opsd options` lists can be given: --lora-rank 64, --gguf-file NAME, --learning-rate 1e-5
     and so on.
     """
+    named = {"model": model, "data": data, "eval_data": eval_data, "output_dir": out}
+    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    with user_errors():
+        early.check([*given, *context.args], preset=preset, config=config)
     from opsd_train.commands.options import layers, parse
     from opsd_train.config import OPSDConfig
     from opsd_train.run_options import RunOptions
@@ -90,8 +113,6 @@ def train(
     from opsd_train.train import train as prepare
 
     quiet()
-    named = {"model": model, "data": data, "eval_data": eval_data, "output_dir": out}
-    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
     with early_ends(), user_errors():
         defaults = ["--output_dir=opsd-run", *(["--eval_strategy=steps"] if eval_data else [])]
         options, settings = parse(

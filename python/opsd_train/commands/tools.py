@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from opsd_train.commands import early
+from opsd_train.commands.option_names import KINDS, OF_THE_DEMO
 from opsd_train.commands.terminal import ANY_OPTION, console, early_ends, quiet, show, user_errors
 from opsd_train.redaction import redact
 from opsd_train.run_folder import check_new, of_its_own
@@ -32,6 +34,8 @@ def compare(
 
     Run again, it goes on where it was cut off. Any option that `opsd options` lists applies to every run.
     """
+    with user_errors():
+        early.check(context.args, [OF_THE_DEMO])
     from opsd_train.demo import run as demo_run
     from opsd_train.studies import compare_report
     from opsd_train.studies.compare import COMMAND, Plan, Task, execute, parse_methods
@@ -82,10 +86,12 @@ def diagnose(
     method may carry a teacher's context too: forward_kl:teacher_template=... Any option that
     `opsd options` lists applies to every candidate.
     """
+    words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
+    with user_errors():
+        early.check([*words, *context.args], [OF_THE_DEMO] if demo else KINDS)
     from opsd_train.studies import diagnose_run
 
     quiet()
-    words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
     with early_ends(), user_errors():
         if out is not None:
             check_new(out)
@@ -122,10 +128,12 @@ def cache(
 
     Any option that `opsd options` lists can be given; loss_temperature is that of the log-probs.
     """
+    words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
+    with user_errors():
+        early.check([*words, *context.args], [OF_THE_DEMO] if demo else KINDS)
     from opsd_train.offline import run as offline_run
 
     quiet()
-    words = [f"--{name}={value}" for name, value in (("model", model), ("data", data)) if value is not None]
     with early_ends(), user_errors():
         request = offline_run.Request(
             demo=demo,
@@ -151,6 +159,13 @@ def evaluate(
     ] = False,
     samples: Annotated[int, typer.Option(help="Completions sampled per row, besides a greedy one.")] = 1,
     k: Annotated[str | None, typer.Option(help="Estimate pass@k for these k, say 1,4,8.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Options of a published run, see `opsd presets`.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with options of a run; its eval_data, if no rows are named."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The folder of eval.json and of the completions; a new opsd-eval if none is."),
@@ -161,18 +176,21 @@ def evaluate(
     A run folder's model is asked as its run asked it. Any option that `opsd options` lists can be
     given: --eval-match, --rollouts, --temperature, --max-completion-length and so on.
     """
+    named = {"model": model, "eval_data": data, "eval_samples": samples, "eval_k": k}
+    words = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    with user_errors():
+        if (demo and data is not None) or (not demo and data is config is preset is None):
+            raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
+        if model is None and not demo and config is None:
+            raise ValueError("model: expected a model to evaluate; got none")
+        early.check([*words, *context.args], preset=preset, config=config)
+    from opsd_train.commands.words import layers
     from opsd_train.evaluation import run as eval_run
 
     quiet()
-    named = {"data": data, "eval_samples": samples, "eval_k": k}
-    words = [f"--{name}={value}" for name, value in named.items() if value is not None]
     with early_ends(), user_errors():
-        if demo is (data is not None):
-            raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
-        if model is None and not demo:
-            raise ValueError("model: expected a model to evaluate; got none")
         folder = of_its_own(Path("opsd-eval"), eval_run.WRITTEN) if out is None else out
-        request = eval_run.Request(demo, model, (*words, *context.args))
+        request = eval_run.Request(demo, (*words, *context.args), tuple(layers(preset, config)))
         found = eval_run.evaluate(request, folder, console)
     show(eval_run.table(found))
     written = ", ".join(str(folder / name) for name in eval_run.WRITTEN)

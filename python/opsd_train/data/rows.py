@@ -162,13 +162,24 @@ def to_row(record: Mapping[str, Any], templates: Templates, where: str, privileg
         teacher = _user(fill(templates.teacher, problem=problem, solution=solution))
         answer = solution if answer is None else answer
     else:
-        raise ValueError(f"{where}: expected columns {CONVENTIONS}; got {', '.join(record) or 'none'}")
+        raise ValueError(
+            f"{where}: expected columns {CONVENTIONS}; got {', '.join(record) or 'none'}{_hint(record)}"
+        )
     columns = {name: value for name, value in record.items() if value is not None}
     if "answer" in columns:
         columns["answer"] = str(answer)
     told = student[-1]["content"] if problem is None else problem
     tools = read_tools(record, where)
     return Row(student, teacher, None if answer is None else str(answer), where, told, columns, tools=tools)
+
+
+def _hint(record: Mapping[str, Any]) -> str:
+    """How two columns of other names are told, if there are that many."""
+    if len(record) < 2:
+        return ""
+    problem, solution = list(record)[:2]
+    told = json.dumps({"problem": problem, "solution": solution}, ensure_ascii=False)
+    return f"; --columns '{told}' says what they are called"
 
 
 def is_generated(source: Any) -> bool:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl
 
-import datasets
-
 from opsd_train.data import generated
 from opsd_train.data.strict import RepeatedKey, loads, repeated_line
-from opsd_train.loading import HUB_ID
+from opsd_train.hub import HUB_ID
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 CARD = "dataset_infos.json"  # that of a data set in the hub's older layout
@@ -95,6 +93,8 @@ def _glob(pattern: str) -> Iterator[Found]:
 
 def _folder(path: Path, split: str) -> Iterator[Found]:
     """A folder of `save_to_disk`, or of data files, which `datasets` sorts into splits by their names."""
+    import datasets  # takes a second, which files of text need not wait for
+
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         try:
             held = datasets.load_from_disk(str(path))
@@ -128,6 +128,8 @@ def _folder(path: Path, split: str) -> Iterator[Found]:
 
 def _hub(name: str, choice: Choice) -> Iterator[Found]:
     """A data set of the hub; code that comes with one is never run."""
+    import datasets
+
     base = name.partition("?")[0]
     repository, _, configuration = base.partition(":")
     if not HUB_ID.fullmatch(repository):
@@ -170,6 +172,8 @@ def _table(table: Iterable[Mapping[str, Any]], name: str) -> Iterator[Found]:
 
 
 def _parquet(path: Path) -> Iterator[Found]:
+    import datasets
+
     try:
         table = datasets.load_dataset(
             "parquet", data_files=glob.escape(str(path)), split="train", trust_remote_code=False

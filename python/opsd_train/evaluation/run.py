@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_train.backbone import check_head, check_positions, embeddings_of
 from opsd_train.commands.options import parse
+from opsd_train.commands.presets import Preset
 from opsd_train.config import OPSDConfig
 from opsd_train.data.rows import Row, is_generated, load_rows
 from opsd_train.demo import task
 from opsd_train.demo.run import MODEL, presets
 from opsd_train.engines.make import make_engine
 from opsd_train.evaluation.examine import Exam, Findings
+from opsd_train.evaluation.matched import how_judged
 from opsd_train.json_files import dumps, write_atomically
 from opsd_train.loading import load_source
 from opsd_train.reading.prompts import Encoder, Prompt
@@ -50,13 +52,14 @@ class Request:
 
     Args:
         demo: the demo's held-out problems, and its model unless one is named.
-        model: local folder or hub id of a model, folder of LoRA adapters, or a run folder.
-        arguments: options (`--name=value`) of RunOptions and OPSDConfig.
+        arguments: options (`--name=value`) of RunOptions and OPSDConfig: `model` is a local folder or hub id,
+            of a model or of LoRA adapters, or a run folder; the rows are `eval_data`.
+        layers: presets and YAML files that count before them.
     """
 
     demo: bool
-    model: str | None
     arguments: tuple[str, ...]
+    layers: tuple[Path | Preset, ...] = ()
 
 
 def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
@@ -70,16 +73,16 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     for name in WRITTEN:
         if (out / name).exists():
             raise ValueError(f"out: expected a folder without an evaluation, but {out} holds {name}")
-    model, recorded = resolve(str(MODEL) if request.model is None else request.model)
-    given = [f"--model={model}", *recorded, *request.arguments]
-    defaults = [f"--output_dir={out}", "--data="]
-    options, config = parse([RunOptions, OPSDConfig], presets(given) if request.demo else [], given, defaults)
+    options, config = _configured(request, out)
+    model = options.model
     if request.demo:
         torch.set_num_threads(1)  # as the demo itself
     rows = _rows_of(None if request.demo else options, config)
     with console.status(f"loading {model}"):
         student, tokenizer = load_source(options.source())
     prompts = _encoded(rows, tokenizer, config, embeddings_of(student))
+    said = f"model {model}; {how_judged(config.eval_match, len(prompts))}"
+    console.print(said, highlight=False, markup=False)
     config.to_judge().require(prompts)
     check_positions(student, prompts, config.max_completion_length)
     check_head(student, prompts[0].student_ids)
@@ -89,7 +92,7 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
         findings, versions = _hold(config, student, tokenizer, prompts)
     seconds = time.perf_counter() - started
     found = findings.evaluation(0)
-    about = {"model": model, "data": "opsd demo" if request.demo else options.data, "seconds": seconds}
+    about = {"model": model, "data": "opsd demo" if request.demo else options.eval_data, "seconds": seconds}
     about |= {"versions": {package: version(package) for package in PACKAGES} | versions}
     _write(out, {**about, **found, **_length(findings)}, config, _rows(findings, tokenizer))
     return found
@@ -110,20 +113,34 @@ def table(found: Evaluation) -> Table:
     return shown
 
 
-def resolve(model: str) -> tuple[str, list[str]]:
+def _configured(request: Request, out: Path) -> tuple[RunOptions, OPSDConfig]:
+    """What was asked for; a run folder's model is asked as its run asked it unless told otherwise."""
+    first = presets(request.arguments) if request.demo else []
+    given = [*request.arguments, f"--output_dir={out}", "--data="]
+    kinds, defaults = [RunOptions, OPSDConfig], [f"--model={MODEL if request.demo else ''}"]
+    options, _ = parse(kinds, [*first, *request.layers], given, defaults)
+    if not options.model:
+        raise ValueError("model: expected a model to evaluate; got none")
+    if not request.demo and not options.eval_data:
+        raise ValueError("data: expected rows to evaluate on, or --demo; got none")
+    model, recorded = resolve(options.model)
+    run = Preset(f"{options.model}/{INFO}", "", "", "", recorded)
+    return parse(kinds, [*first, run, *request.layers], [*given, f"--model={model}"])  # type: ignore[return-value]
+
+
+def resolve(model: str) -> tuple[str, dict[str, Any]]:
     """The model that is meant, and the options it was trained with if a run folder is named.
 
     Raises ValueError for a run folder without a model.
     """
     folder = Path(model)
     if not (folder / INFO).is_file():
-        return model, []
+        return model, {}
     if not (folder / TRAINED).is_dir():
         raise ValueError(f"model: expected a run that has ended, with a folder `model`; {model} has none")
     settings = json.loads((folder / INFO).read_text(encoding="utf-8")).get("config") or {}
     kept = {name: settings[name] for name in KEPT if settings.get(name) not in (None, {})}
-    words = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in kept.items()]
-    return str(folder / TRAINED), words
+    return str(folder / TRAINED), kept
 
 
 def _rows_of(options: RunOptions | None, config: OPSDConfig) -> list[Row]:
@@ -132,9 +149,10 @@ def _rows_of(options: RunOptions | None, config: OPSDConfig) -> list[Row]:
     if options is None:
         return load_rows(task.report_problems(), templates, privileged=False)
     reading = options.reading(held_out=True)
-    if is_generated(options.data):
+    source = str(options.eval_data)
+    if is_generated(source):
         reading = replace(reading, repeats=False, refuse=lambda *repeated: None)
-    return load_rows(options.data, templates, False, reading)
+    return load_rows(source, templates, False, reading)
 
 
 def _encoded(

@@ -20,7 +20,7 @@ from rich.console import Console
 import opsd_kernels
 from opsd_kernels import methods, named_objectives
 from opsd_train.backbone import completion_hidden, head_source
-from opsd_train.commands.options import check_known
+from opsd_train.commands.words import check_known
 from opsd_train.config import OPSDConfig
 from opsd_train.redaction import redact, redacted
 from opsd_train.rollouts import Rollout, collate, evaluating
