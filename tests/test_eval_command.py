@@ -252,7 +252,7 @@ def test_mistakes_of_opsd_eval_are_one_message(model: Path, rows: Path, tmp_path
 
 
 def test_opsd_eval_takes_a_run_s_configuration(model: Path, rows: Path, tmp_path: Path) -> None:
-    """What the command line says beats the file, whose data are the training rows; model and rule are named."""
+    """The command line beats the file, whose data are the training rows; model and rule are named."""
     config, out = tmp_path / "run.yaml", tmp_path / "found"
     given = {"model": "none", "data": "none", "eval_data": str(rows), "student_template": "{problem}"}
     config.write_text(yaml.safe_dump(given | {"max_completion_length": 4, "eval_match": "number", "seed": 5}))

@@ -1,5 +1,6 @@
 """The command `opsd`."""
 
+import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -159,5 +160,7 @@ def _say(report: Path | None) -> None:
 
 def main() -> None:
     """Entry point of the command line."""
+    # Read at tqdm's import: loading GGUF files has a bar of its own.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     with leaving_the_others():
         app()

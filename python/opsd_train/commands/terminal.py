@@ -1,7 +1,6 @@
 """What the commands share: the console, one message for a mistake, quiet libraries."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def quiet() -> None:
     """One progress bar is enough, the driver's own, and a warning is one line."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read at tqdm's import: GGUF files have a bar too
     import datasets
     from transformers.utils import logging as transformers_logging
 

@@ -183,7 +183,7 @@ def evaluate(
             raise ValueError(f"data: expected rows or --demo, one of them; got {data!r} with demo {demo}")
         if model is None and not demo and config is None:
             raise ValueError("model: expected a model to evaluate; got none")
-        early.check([*words, *context.args], preset=preset, config=config)
+        early.check([*words, "--data=", *context.args], preset=preset, config=config)
     from opsd_train.commands.words import layers
     from opsd_train.evaluation import run as eval_run
 

@@ -113,8 +113,8 @@ def table(found: Evaluation) -> Table:
     return shown
 
 
-def _configured(request: Request, out: Path) -> tuple[RunOptions, OPSDConfig]:
-    """What was asked for; a run folder's model is asked as its run asked it unless told otherwise."""
+def _configured(request: Request, out: Path) -> tuple[Any, ...]:
+    """RunOptions and OPSDConfig; a run folder's model is asked as its run asked it unless told otherwise."""
     first = presets(request.arguments) if request.demo else []
     given = [*request.arguments, f"--output_dir={out}", "--data="]
     kinds, defaults = [RunOptions, OPSDConfig], [f"--model={MODEL if request.demo else ''}"]
@@ -125,7 +125,7 @@ def _configured(request: Request, out: Path) -> tuple[RunOptions, OPSDConfig]:
         raise ValueError("data: expected rows to evaluate on, or --demo; got none")
     model, recorded = resolve(options.model)
     run = Preset(f"{options.model}/{INFO}", "", "", "", recorded)
-    return parse(kinds, [*first, run, *request.layers], [*given, f"--model={model}"])  # type: ignore[return-value]
+    return parse(kinds, [*first, run, *request.layers], [*given, f"--model={model}"])
 
 
 def resolve(model: str) -> tuple[str, dict[str, Any]]:
