@@ -73,9 +73,10 @@ class CompositeCall:
     def tokens(self, batch: Batch) -> Tensor:
         """`[N]` weighted token losses, differentiable."""
         call, combination = self.call, self.combination
-        values = self._reference() if call.packed.backend == backends.REFERENCE else self._values()
-        rows = torch.arange(call.lead.numel(), device=values.dense.device)
+        rows = torch.arange(call.lead.numel(), device=call.student.tensors[0].device)
         weights = combination.weights(None, rows)
+        by_definition = call.packed.backend == backends.REFERENCE
+        values = self._reference(weights != 0) if by_definition else self._values()
         total = weighted(values.dense, weights.to(values.dense.dtype)).sum(1)
         return total + combination.losses(values, batch, rows).to(total.dtype)
 
@@ -93,12 +94,12 @@ class CompositeCall:
         ]
         return Values(dense, gathered)
 
-    def _reference(self) -> Values:
+    def _reference(self, counts: Tensor) -> Values:
         """By the definition: full logits, autograd's gradient."""
         call = self.call
         student, teacher, *rowwise, text = call.inputs(call.packed)
         problem, _ = ops.problem_of(student, teacher, rowwise, text)
-        return reference_values(problem)
+        return reference_values(problem, counts)
 
 
 def _with_given(objective: Objective, parts: Parts) -> Objective:

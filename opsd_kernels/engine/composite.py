@@ -156,6 +156,8 @@ def _gradient_(
         last = all(d.teacher != part.teacher for d in later)
         weight = weights[:, i].to(walk.problem.dtype) * slope
         columns[i], term = chunk.gradient_(part, weight, form, last)
+        # 0 * NaN: what a teacher is where its term does not count does no harm to the others.
+        term.masked_fill_((weight == 0)[:, None], 0.0)
         dz = _added(dz, term, chunk.buffers)
     for gathered, e in zip(values.gathered, slopes, strict=True):
         dz = _added(dz, chunk.entry_gradient_(gathered, e * slope, form), chunk.buffers)

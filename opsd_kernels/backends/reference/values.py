@@ -13,14 +13,28 @@ from opsd_kernels.engine.teachers import several
 from opsd_kernels.objectives import Support
 
 
-def values(problem: Problem) -> Values:
-    """Divergences and gathered log-probs of all N rows, 0 at dead ones, differentiable by the student."""
+def values(problem: Problem, counts: Tensor) -> Values:
+    """Divergences and gathered log-probs of all N rows, 0 at dead ones, differentiable by the student.
+
+    `counts` `[N, D]` bool says where a divergence has a weight: elsewhere it is 0, its teacher may be NaN.
+    """
     parts = problem.options.parts or Parts()
-    dense = [problem.scatter(_dense(problem, part)) for part in parts.dense]
+    dense = []
+    for index, part in enumerate(parts.dense):
+        here = problem if part.constant else _only(problem, counts[:, index])
+        dense.append(here.scatter(_dense(here, part)))
     none = torch.zeros(problem.total_rows, 0, **problem.like)
     return Values(
         torch.stack(dense, 1) if dense else none, [_gathered(problem, part) for part in parts.gathers]
     )
+
+
+def _only(problem: Problem, counts: Tensor) -> Problem:
+    """The problem of those live rows that count, `[N]` bool."""
+    rows = torch.arange(problem.total_rows, device=problem.device) if problem.rows is None else problem.rows
+    keep = counts[rows]
+    given = None if problem.support_ids is None else problem.support_ids[keep]
+    return replace(problem, rows=rows[keep], weight=problem.weight[keep], support_ids=given)
 
 
 def _dense(problem: Problem, part: Dense) -> Tensor:
