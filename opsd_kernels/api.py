@@ -56,14 +56,18 @@ def loss(
         token = F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
         loss = (token * token_weight)[mask].sum() / mask.sum()
 
-    Gradients flow to the student's hidden states, its head and its bias; never to the teacher.
+    Gradients flow to the student's hidden states, its head and its bias; never to the teacher. They are those
+    of a backward: tensors with a tangent (forward-mode derivatives), or inside a transform of `torch.func`,
+    are refused.
 
     Args:
         student: hidden states `[..., H]` projected by `weight`, or a source (`Hidden`, `Logits`).
         teacher: likewise, or several combined (`LogLinear`, `Mixture`, `Routed`, `Target`); with the same
             token dimensions and without gradient; H may differ in a source. `TopK` for one that is known at a
             few entries, `Sampled` at the sampled token only. A mapping role -> teacher for an objective with
-            several; None for one without.
+            several; None for one without. Log-probabilities, these and those in `data`, are checked to be
+            none above 0 and of a mass within 1: on a CPU always, on a GPU if there is a mask, for which a
+            call waits anyway.
         weight: `[V, H]`, the head of every argument that is a bare tensor.
         objective: a name of `named_objectives()` or an `Objective`. `"opsd"` is the published one: forward KL
             with each vocabulary entry's term clipped at 0.05 (arXiv 2601.18734). That clip pushes down what
@@ -79,11 +83,12 @@ def loss(
             as a mask's are (unless `rows` says which count). Or a function of `TokenStats` that returns the
             factors, called between statistics and gradient with `[C]` tensors for one chunk of tokens after
             another: it must treat tokens independently. For weights that need the whole batch call
-            `token_stats` first.
+            `token_stats` first. What it returns is a constant tensor of floats, and finite at tokens that
+            count, which is looked at on a CPU alone: a GPU would have to be waited for.
         token_ids: int `[...]`, the sampled tokens, for estimators and for the statistics that a
             `token_weight` function sees.
         support_ids: int `[..., K]`, the entries of a `Support` that is `"given"`; -1 for none.
-        temperature: T > 0 of both distributions, softmax(z / T). There is no factor T^2.
+        temperature: T in [1e-6, 1e6] of both distributions, softmax(z / T). There is no factor T^2.
         reduction: `"mean"` (sum / denominator), `"sum"`, or `"none"` for the weighted loss of every token;
             `"sequence_mean"`, the mean over sequences (the last token dimension) of their means, or
             `"sequences"`, those means themselves. Under `"none"` and `"sequences"` a recipe's divisors by

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import backends, known_checks, ops, source_checks, validation
+from opsd_kernels.checks import FLOATS, check_rows
 from opsd_kernels.engine import packing, plan
 from opsd_kernels.engine.chunk_store import weighted
 from opsd_kernels.engine.problem import Problem, Rowwise, Weigher, accumulator_dtype
@@ -42,6 +43,7 @@ class Call:
         given = known_checks.given_entries(t, objective.support, options.support_ids)
         options = replace(options, support_ids=given)
         validation.check_options(options, objective, s, t, vocab)
+        known_checks.check_topks(t, options.mask, options.rows)
         device = s.tensors[0].device
         backend = backends.choose(options.backend, device)
         if backend == backends.REFERENCE:
@@ -147,8 +149,7 @@ class Call:
             return tokens
         if not isinstance(weights, Tensor):
             assert columns is not None
-            with torch.no_grad():
-                weights = checked_weights(weights, TokenStats(*columns.unbind(1)))
+            weights = checked_weights(weights, TokenStats(*columns.unbind(1)), self._live(tokens))
         # Whatever a dead row's weight is, NaN too, it does not count.
         weights = torch.where(self._live(tokens), weights.reshape(-1).to(tokens.dtype), 0.0)
         return weighted(tokens, weights)
@@ -224,21 +225,29 @@ class Call:
 
 def _weigher(function: Callable[[TokenStats], Tensor]) -> Weigher:
     def weigh(stats: dict[str, Tensor], _rows: Tensor) -> Tensor:
-        return checked_weights(function, TokenStats(**{k: v.float() for k, v in stats.items()})).detach()
+        return checked_weights(function, TokenStats(**{k: v.float() for k, v in stats.items()}))
 
     return weigh
 
 
-def checked_weights(function: Callable[[TokenStats], Tensor], stats: TokenStats) -> Tensor:
-    """What the caller's function makes of the statistics of some tokens."""
-    weights = function(stats)
+def checked_weights(
+    function: Callable[[TokenStats], Tensor], stats: TokenStats, live: Tensor | None = None
+) -> Tensor:
+    """What the caller's function makes of the statistics of some tokens; those of dead ones are any numbers.
+
+    Raises:
+        ValueError: it is no constant tensor of floats, one for each token and finite (looked at on a CPU).
+    """
+    with torch.no_grad():
+        weights = function(stats)
     expected = stats.forward_kl.shape
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(
             f"token_weight: expected the function to return a tensor of shape {tuple(expected)}; got {shape}"
         )
-    validation.check_weights(weights, stats)
+    check_rows("token_weight", weights, expected, stats.forward_kl.device, FLOATS)
+    validation.check_weights("token_weight", weights, stats, live)
     return weights
 
 

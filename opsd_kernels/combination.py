@@ -158,5 +158,6 @@ def made_weight(spec: Weight, batch: Batch) -> Tensor:
             f"{tuple(found.shape)}"
         )
     if "stats" in vars(batch):
-        validation.check_weights(torch.where(batch.mask, found, 0.0), batch.stats)
+        spread = found.expand_as(batch.mask)
+        validation.check_weights(f"weight {spec.name!r}", spread, batch.stats, batch.mask)
     return found

@@ -57,7 +57,9 @@ class Evaluation:
             bare = [student, *(teacher.values() if isinstance(teacher, Mapping) else [teacher])]
             source_checks.check_weight_is_used(bare, weight)
         data = rollout_data.check_data(options.data, s.lead, s.tensors[0].device)
-        return cls(recipe, s, roles, options, data)
+        evaluation = cls(recipe, s, roles, options, data)
+        rollout_data.check_log_probs(data, evaluation._mask, waits=options.mask is not None)
+        return evaluation
 
     def loss(self) -> Tensor:
         """The reduced loss."""
@@ -228,7 +230,7 @@ class Evaluation:
         if options.token_weight is not None:
             outer = options.token_weight
             if callable(outer):
-                outer = checked_weights(outer, self._batch.stats).detach()
+                outer = checked_weights(outer, self._batch.stats, mask)
             w = w * outer.reshape(mask.shape)
         fixed = torch.where(mask, w, 0.0).flatten()
         dtype = torch.float64 if self.student.tensors[0].dtype == torch.float64 else torch.float32

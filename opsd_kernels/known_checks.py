@@ -5,11 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import FLOATS, IDS, check_positive, check_rows, readable
+from opsd_kernels.checks import FLOATS, IDS, check_plain, check_rows, check_scale, readable
 from opsd_kernels.engine.parts import Parts
 from opsd_kernels.known import Sampled, TopK
 from opsd_kernels.objectives import Support
 from opsd_kernels.sources import Several, Teacher
+
+# By bytes of an element: how far the log of a probability near 1 may be above 0.
+ROUNDING = {2: 0.125, 4: 0.01}
 
 
 def check_topk(name: str, value: TopK) -> None:
@@ -17,10 +20,11 @@ def check_topk(name: str, value: TopK) -> None:
     check_log_probs(f"{name}.logprobs", value.logprobs)
     if not isinstance(value.ids, Tensor):
         raise ValueError(f"{name}.ids: expected a tensor; got {type(value.ids).__name__}")
+    check_plain(f"{name}.ids", value.ids)
     if value.logprobs.dim() == 0 or value.logprobs.shape[-1] == 0:
         raise ValueError(f"{name}.logprobs: expected shape [..., K]; got {tuple(value.logprobs.shape)}")
     check_rows(f"{name}.ids", value.ids, value.logprobs.shape, value.logprobs.device, IDS)
-    check_positive(f"{name}.temperature", value.temperature)
+    check_scale(f"{name}.temperature", value.temperature)
     if readable(value.ids):
         ids = value.ids.reshape(-1, value.ids.shape[-1]).sort(1).values
         if bool(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).any()):
@@ -31,15 +35,62 @@ def check_sampled(name: str, value: Sampled, lead: torch.Size, device: torch.dev
     """A constant log-prob for every token."""
     check_log_probs(f"{name}.logprob", value.logprob)
     check_rows(f"{name}.logprob", value.logprob, lead, device, FLOATS)
-    check_positive(f"{name}.temperature", value.temperature)
+    check_scale(f"{name}.temperature", value.temperature)
 
 
 def check_log_probs(name: str, value: Any) -> None:
     """A tensor of a floating-point dtype."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor; got {type(value).__name__}")
+    check_plain(name, value)
     if value.dtype not in FLOATS:
         raise ValueError(f"{name}: expected a floating-point dtype; got {value.dtype}")
+
+
+def check_are_log_probs(
+    name: str, values: Tensor, mask: Tensor | None, rows: Tensor | None = None, known: Tensor | None = None
+) -> None:
+    """Log-probabilities of the tokens that count, each row of them of a mass within 1, up to rounding.
+
+    Looked at on a CPU, and on a GPU under a mask, whose tokens a call counts there anyway.
+
+    Args:
+        name: of the argument.
+        values: `[..., K]`, or `[...]` for one of each token.
+        mask: bool `[...]` or None.
+        rows: int `[n]` instead, indices into the flattened token dimensions.
+        known: bool `[..., K]`, the entries that are any; None for all.
+
+    Raises:
+        ValueError: one is above 0, or exp of them sums to more than 1.
+    """
+    if not readable(values, waits=mask is not None) or values.numel() == 0:
+        return
+    p = values if known is None else values.masked_fill(~known, -torch.inf)
+    table = p.reshape(-1, p.shape[-1] if known is not None else 1)
+    if mask is not None:
+        table = table.masked_fill(~mask.reshape(-1, 1), -torch.inf)
+    elif rows is not None:
+        table = table[rows.long()]
+    table = table.nan_to_num(nan=-torch.inf).float()
+    if table.numel() == 0:
+        return
+    highest, mass = torch.stack((table.amax(), table.exp().sum(1).amax())).tolist()
+    rounding = ROUNDING[min(values.dtype.itemsize, 4)]
+    if highest > rounding or mass > 1 + rounding:
+        got = f"a value of {highest:.3g}" if highest > rounding else f"a token's mass of {mass:.3g}"
+        raise ValueError(
+            f"{name}: expected log-probabilities, none above 0 and their mass of at most 1; got {got}"
+        )
+
+
+def check_topks(teacher: Teacher, mask: Tensor | None, rows: Tensor | None) -> None:
+    """`check_are_log_probs` of every teacher that is known at a few entries."""
+    several = isinstance(teacher, Several)
+    for index, part in enumerate(teacher.sources if isinstance(teacher, Several) else [teacher]):
+        if isinstance(part, TopK):
+            name = f"teacher.sources[{index}]" if several else "teacher"
+            check_are_log_probs(f"{name}.logprobs", part.logprobs, mask, rows, part.ids >= 0)
 
 
 def check_temperature(name: str, source: Teacher | Sampled, temperature: float) -> None:

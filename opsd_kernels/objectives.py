@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, replace
 
 from opsd_kernels import divergences
+from opsd_kernels.checks import is_finite, shown
 
 CLIP_MODES = ("zero", "scale", "ratio")
 DEFAULT_BETA = 0.5
@@ -129,8 +130,8 @@ class Objective:
             raise ValueError(f"clip_mode: expected one of {', '.join(CLIP_MODES)}; got {self.clip_mode!r}")
         for name in ("entry_clip", "token_clip"):
             bound = getattr(self, name)
-            if bound is not None and not (_is_number(bound) and bound > 0):
-                raise ValueError(f"{name}: expected a number above 0 or None; got {bound!r}")
+            if bound is not None and not (is_finite(bound) and bound > 0):
+                raise ValueError(f"{name}: expected a number above 0 or None; got {shown(bound)}")
         if self.clip_mode == "ratio":
             self._check_ratio()
 

@@ -1,10 +1,10 @@
 """Recipes: a token loss of several terms, said in data. `methods/` has those of the literature."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from opsd_kernels.checks import is_finite, shown
 from opsd_kernels.estimators import check_estimator
 from opsd_kernels.objectives import Objective, Support
 from opsd_kernels.preparers import prepare
@@ -139,9 +139,8 @@ class Term:
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Objective | Estimator | Entropy):
             raise ValueError(f"loss: expected an Objective, an Estimator or Entropy(); got {self.loss!r}")
-        number = isinstance(self.coefficient, int | float) and math.isfinite(self.coefficient)
-        if not number:
-            raise ValueError(f"coefficient: expected a finite number; got {self.coefficient!r}")
+        if not is_finite(self.coefficient):
+            raise ValueError(f"coefficient: expected a finite number; got {shown(self.coefficient)}")
         if not isinstance(self.weights, tuple) or not all(isinstance(x, Weight) for x in self.weights):
             raise ValueError(f"weights: expected a tuple of Weight(name, options); got {self.weights!r}")
         if self.normaliser not in NORMALISERS:

@@ -26,6 +26,7 @@ def named_roles(
         known_checks.check_temperature(label, source, options.temperature)
         if isinstance(source, Sampled):
             known_checks.check_sampled(label, source, student.lead, student.tensors[0].device)
+            known_checks.check_are_log_probs(f"{label}.logprob", source.logprob, options.mask, options.rows)
             checked[name] = source
         else:
             checked[name] = source_checks.as_teacher(label, source, weight)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from opsd_kernels.checks import check_plain, readable
+from opsd_kernels.known_checks import check_are_log_probs
 from opsd_kernels.tokens import DATA
 
 TRUTHS = ("correct", "privileged", "selected")  # a reward of 0.3 among them would count as True
@@ -26,6 +28,7 @@ def check_data(
             raise ValueError(f"data: expected names among {', '.join(DATA)}; got {name!r}")
         if not isinstance(column, Tensor):
             raise ValueError(f"data[{name!r}]: expected a tensor; got {type(column).__name__}")
+        check_plain(f"data[{name!r}]", column)
         if column.requires_grad:
             raise ValueError(f"data[{name!r}]: expected a constant; got requires_grad=True (detach it)")
         if column.device != device:
@@ -45,6 +48,20 @@ def check_data(
         else:
             raise ValueError(f"data[{name!r}]: expected shape {_expected(kind, lead)}; got {tuple(shape)}")
     return found
+
+
+def check_log_probs(data: Mapping[str, Tensor], mask: Tensor, waits: bool) -> None:
+    """ValueError if a column of log-probabilities holds others at a live token.
+
+    Args:
+        data: as `check_data` returns it.
+        mask: `[B, C]` bool, the live tokens.
+        waits: whether the call waits for the device in any case.
+    """
+    for name, column in data.items():
+        if name.endswith(("logprob", "logprobs")) and readable(column, waits):
+            highest = column.amax(-1) if DATA[name][0] == "teachers" else column
+            check_are_log_probs(f"data[{name!r}]", highest, mask)
 
 
 def by_sequence(lead: torch.Size) -> tuple[int, int]:

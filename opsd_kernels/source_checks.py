@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import FLOATS, IDS, check_device, check_ids, check_positive, check_rows
+from opsd_kernels.checks import (
+    FLOATS,
+    IDS,
+    check_device,
+    check_ids,
+    check_plain,
+    check_rows,
+    check_scale,
+    is_finite,
+    shown,
+)
 from opsd_kernels.known import Sampled
 from opsd_kernels.known_checks import check_topk
 from opsd_kernels.sources import (
@@ -90,9 +100,10 @@ def as_teacher(name: str, value: Any, weight: Tensor | None) -> Teacher:
 def _check_literals(name: str, options: Mapping[str, Any]) -> None:
     """What an operator's text can hold: finite numbers, strings, bools and None."""
     for key, value in options.items():
-        number = isinstance(value, int | float) and math.isfinite(value)
-        if not number and not isinstance(value, str | None):
-            raise ValueError(f"{name}[{key!r}]: expected a finite number, a string or None; got {value!r}")
+        if not is_finite(value) and not isinstance(value, bool | str | None):
+            raise ValueError(
+                f"{name}[{key!r}]: expected a finite number, a string or None; got {shown(value)}"
+            )
 
 
 def _field(value: Teacher) -> str:
@@ -129,8 +140,8 @@ def _check_factors(name: str, value: LogLinear | Mixture) -> None:
         if isinstance(factor, Tensor):
             check_rows(here, factor, value.lead, device, FLOATS)
             numbers = math.nan
-        elif not isinstance(factor, int | float) or not -math.inf < factor < math.inf:
-            raise ValueError(f"{here}: expected a finite number or a tensor; got {factor!r}")
+        elif not is_finite(factor):
+            raise ValueError(f"{here}: expected a finite number or a tensor; got {shown(factor)}")
         elif isinstance(value, Mixture) and factor < 0:
             raise ValueError(f"{here}: expected a weight of at least 0; got {factor!r}")
         else:
@@ -219,9 +230,9 @@ def _check_hidden(name: str, source: Hidden) -> None:
         _check_floats(f"{name}.bias", source.bias, "[V]", dims=1)
         if source.bias.shape[0] != source.vocab:
             raise ValueError(f"{name}.bias: expected shape ({source.vocab},); got {tuple(source.bias.shape)}")
-    check_positive(f"{name}.logit_scale", source.logit_scale)
+    check_scale(f"{name}.logit_scale", source.logit_scale)
     if source.softcap is not None:
-        check_positive(f"{name}.softcap", source.softcap)
+        check_scale(f"{name}.softcap", source.softcap)
 
 
 def _check_floats(name: str, tensor: Any, shape: str, dims: int | None) -> None:
@@ -232,6 +243,7 @@ def _check_floats(name: str, tensor: Any, shape: str, dims: int | None) -> None:
         raise ValueError(
             f"{name}: expected a plain tensor {shape}; got a DTensor: gather it with .full_tensor() first"
         )
+    check_plain(name, tensor)
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: expected a floating-point dtype; got {tensor.dtype}")
     if (dims is not None and tensor.dim() != dims) or tensor.dim() == 0:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd_kernels.checks import is_finite, shown
 from opsd_kernels.engine.entries import Entries, Softmax
 from opsd_kernels.objectives import Objective
 
@@ -102,7 +103,6 @@ def check_k(k: Any) -> None:
 
 def check_range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """A number in [low, high], or in (low, high]; the bounds themselves may be infinite, the value not."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not known or not low <= value <= high or (open_low and value == low):
+    if not is_finite(value) or not low <= value <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}]; got {value!r}")
+        raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}]; got {shown(value)}")

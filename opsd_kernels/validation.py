@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import FLOATS, IDS, check_device, check_ids, check_positive, check_rows, readable
+from opsd_kernels.checks import (
+    FLOATS,
+    IDS,
+    check_device,
+    check_ids,
+    check_plain,
+    check_positive,
+    check_rows,
+    check_scale,
+    readable,
+)
 from opsd_kernels.objectives import Objective
 from opsd_kernels.options import TokenStats
 from opsd_kernels.sources import Hidden, Routed, Source, Teacher
@@ -49,7 +59,7 @@ def check_tokens(options: Any, student: Source) -> None:
     if not callable(options.token_weight):
         check_rows("token_weight", options.token_weight, lead, device, FLOATS)
     check_rows("token_ids", options.token_ids, lead, device, IDS)
-    check_positive("temperature", options.temperature)
+    check_scale("temperature", options.temperature)
     check_reduction(options.reduction, options.denominator)
 
 
@@ -71,6 +81,7 @@ def check_reduction(reduction: str, denominator: Any) -> None:
     if reduction not in ("mean", "sequence_mean"):
         raise ValueError(f"denominator: expected None with reduction={reduction!r}; got {denominator}")
     if isinstance(denominator, Tensor):
+        check_plain("denominator", denominator)
         if denominator.numel() != 1 or denominator.requires_grad:
             raise ValueError(
                 "denominator: expected a number or a constant tensor of one element; got shape "
@@ -82,15 +93,22 @@ def check_reduction(reduction: str, denominator: Any) -> None:
         check_positive("denominator", denominator)
 
 
-def check_weights(weights: Tensor, stats: TokenStats) -> None:
-    """Weights made of log-probs of the sampled tokens need these."""
+def check_weights(name: str, weights: Tensor, stats: TokenStats, live: Tensor | None) -> None:
+    """Factors of the live tokens (None: of all) that were made of statistics are finite.
+
+    Looked at on a CPU. Those made of log-probs of the sampled tokens need these.
+    """
     if not readable(weights):
         return
-    undefined = weights.isnan()
-    if undefined.any() and stats.student_logprob[undefined].isnan().all():
+    wrong = ~weights.isfinite() if live is None else ~weights.isfinite() & live
+    if not wrong.any():
+        return
+    if stats.student_logprob.expand_as(wrong)[wrong].isnan().all():
         raise ValueError(
-            "token_ids: expected the sampled tokens, since without their log-probs a weight is NaN; got None"
+            f"token_ids, {name}: expected the sampled tokens, or a weight without their log-probs, which are "
+            "NaN without; got None, and a weight that is not finite"
         )
+    raise ValueError(f"{name}: expected finite factors of the tokens; got {weights[wrong][0].item()}")
 
 
 def _that_count(ids: Tensor | None, lead: torch.Size, options: Any) -> Tensor | None:
@@ -107,6 +125,8 @@ def _check_row_indices(rows: Any, mask: Any, lead: torch.Size, device: torch.dev
         return
     if mask is not None:
         raise ValueError("rows: expected None beside a mask; got both")
+    if isinstance(rows, Tensor):
+        check_plain("rows", rows)
     if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in IDS:
         shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"rows: expected integer indices of shape [n]; got {shape}")
@@ -126,6 +146,8 @@ def _check_support_ids(
         raise ValueError(f"support_ids: expected {expected}; got {'None' if given else 'a tensor'}")
     if ids is None:
         return
+    if isinstance(ids, Tensor):
+        check_plain("support_ids", ids)
     if not isinstance(ids, Tensor) or ids.dim() != len(lead) + 1 or ids.shape[-1] == 0:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         expected = ", ".join(map(str, (*lead, "K")))

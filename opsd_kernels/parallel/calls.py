@@ -198,16 +198,21 @@ def _as_source(value: Any, weight: Tensor | None) -> Any:
 
 def _with_columns(source: Any) -> Any:
     """The source with a column for the checks where this rank's slice has none; it is cut off again."""
-    if isinstance(source, Hidden) and isinstance(source.weight, Tensor) and source.weight.shape[0] == 0:
+    if isinstance(source, Hidden) and _is_empty(source.weight, 0):
         bias = None if source.bias is None else F.pad(source.bias, (0, 1))
         return replace(source, weight=F.pad(source.weight, (0, 0, 0, 1)), bias=bias)
-    if isinstance(source, Logits) and isinstance(source.z, Tensor) and source.z.shape[-1] == 0:
+    if isinstance(source, Logits) and _is_empty(source.z, -1):
         return replace(source, z=F.pad(source.z, (0, 1)))
     if isinstance(source, LogLinear):
         return replace(source, streams=[(factor, _with_columns(x)) for factor, x in source.streams])
     if isinstance(source, Routed):
         return replace(source, sources=[_with_columns(x) for x in source.sources])
     return source
+
+
+def _is_empty(tensor: Any, dim: int) -> bool:
+    """Whether this rank has no column; a nested tensor, which `Call` refuses, has no size to ask for."""
+    return isinstance(tensor, Tensor) and not tensor.is_nested and tensor.shape[dim] == 0
 
 
 def _columns(student: Any, weight: Tensor | None) -> int:
