@@ -158,6 +158,6 @@ def made_weight(spec: Weight, batch: Batch) -> Tensor:
             f"{tuple(found.shape)}"
         )
     if "stats" in vars(batch):
-        spread = found.expand_as(batch.mask)
-        validation.check_weights(f"weight {spec.name!r}", spread, batch.stats, batch.mask)
+        live = torch.where(batch.mask, found, 0.0)
+        validation.check_ids_known(f"weight {spec.name!r}", live, batch.stats)
     return found

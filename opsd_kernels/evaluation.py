@@ -57,9 +57,8 @@ class Evaluation:
             bare = [student, *(teacher.values() if isinstance(teacher, Mapping) else [teacher])]
             source_checks.check_weight_is_used(bare, weight)
         data = rollout_data.check_data(options.data, s.lead, s.tensors[0].device)
-        evaluation = cls(recipe, s, roles, options, data)
-        rollout_data.check_log_probs(data, evaluation._mask, waits=options.mask is not None)
-        return evaluation
+        rollout_data.check_log_probs(data, options.mask, options.rows)
+        return cls(recipe, s, roles, options, data)
 
     def loss(self) -> Tensor:
         """The reduced loss."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from opsd_kernels.checks import check_plain, readable
+from opsd_kernels.checks import check_plain
 from opsd_kernels.known_checks import check_are_log_probs
 from opsd_kernels.tokens import DATA
 
@@ -50,18 +50,12 @@ def check_data(
     return found
 
 
-def check_log_probs(data: Mapping[str, Tensor], mask: Tensor, waits: bool) -> None:
-    """ValueError if a column of log-probabilities holds others at a live token.
-
-    Args:
-        data: as `check_data` returns it.
-        mask: `[B, C]` bool, the live tokens.
-        waits: whether the call waits for the device in any case.
-    """
+def check_log_probs(data: Mapping[str, Tensor], mask: Tensor | None, rows: Tensor | None) -> None:
+    """`known_checks.check_are_log_probs` of the columns of log-probs, as `check_data` returns them."""
     for name, column in data.items():
-        if name.endswith(("logprob", "logprobs")) and readable(column, waits):
+        if name.endswith(("logprob", "logprobs")):
             highest = column.amax(-1) if DATA[name][0] == "teachers" else column
-            check_are_log_probs(f"data[{name!r}]", highest, mask)
+            check_are_log_probs(f"data[{name!r}]", highest, mask, rows)
 
 
 def by_sequence(lead: torch.Size) -> tuple[int, int]:

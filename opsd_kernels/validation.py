@@ -94,21 +94,25 @@ def check_reduction(reduction: str, denominator: Any) -> None:
 
 
 def check_weights(name: str, weights: Tensor, stats: TokenStats, live: Tensor | None) -> None:
-    """Factors of the live tokens (None: of all) that were made of statistics are finite.
-
-    Looked at on a CPU. Those made of log-probs of the sampled tokens need these.
-    """
+    """Factors of the live tokens (None: of all) by a caller's function are finite; looked at on a CPU."""
     if not readable(weights):
         return
+    check_ids_known(name, weights if live is None else torch.where(live, weights, 0.0), stats)
     wrong = ~weights.isfinite() if live is None else ~weights.isfinite() & live
-    if not wrong.any():
+    if wrong.any():
+        raise ValueError(f"{name}: expected finite factors of the tokens; got {weights[wrong][0].item()}")
+
+
+def check_ids_known(name: str, weights: Tensor, stats: TokenStats) -> None:
+    """Weights made of log-probs of the sampled tokens need these."""
+    if not readable(weights):
         return
-    if stats.student_logprob.expand_as(wrong)[wrong].isnan().all():
+    undefined = weights.isnan()
+    if undefined.any() and stats.student_logprob[undefined].isnan().all():
         raise ValueError(
-            f"token_ids, {name}: expected the sampled tokens, or a weight without their log-probs, which are "
-            "NaN without; got None, and a weight that is not finite"
+            f"token_ids, {name}: expected the sampled tokens, since without their log-probs a weight is NaN; "
+            "got None, and a weight that is NaN"
         )
-    raise ValueError(f"{name}: expected finite factors of the tokens; got {weights[wrong][0].item()}")
 
 
 def _that_count(ids: Tensor | None, lead: torch.Size, options: Any) -> Tensor | None:
