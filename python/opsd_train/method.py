@@ -21,7 +21,7 @@ from opsd_train.reading.context_templates import FALLBACKS, STEPS
 from opsd_train.reading.contexts import Attempt, Context
 from opsd_train.reading.pool import score_pool
 from opsd_train.reading.prompts import Encoder, decode
-from opsd_train.reading.roles import Roles, collate_role
+from opsd_train.reading.roles import Roles, can_tell, collate_role
 from opsd_train.reading.thoughts import Thoughts
 from opsd_train.rollouts import Rollout, collate, counted
 
@@ -113,18 +113,20 @@ class MethodRun:
     def check(self, rows: Sequence[Row]) -> None:
         """ValueError for rows that the method cannot use.
 
-        A context that is made of columns tells nothing in any of them or breaks its budget, or the verifier
-        does not judge one.
+        A context tells nothing in any of them, whatever the rollouts are, or nothing that the chat template
+        writes; one that is made of columns breaks its budget; or the verifier does not judge one.
         """
         if self.rewarded:
             for row in rows:
                 self.verifier.check_row(row)
         contexts = {role: context for role, context in self.roles.contexts.items() if not context.on_policy}
-        for role, reading in Roles(contexts).read(rows, self.encoder).items():
-            if not any(reading.privileged):
+        readings = Roles(contexts).read(rows, self.encoder)
+        for role, context in self.roles.contexts.items():
+            told = any(readings[role].privileged) if role in readings else can_tell(context, rows)
+            if not told:
                 held = ", ".join(rows[0].columns)
                 raise ValueError(
-                    f"data: expected rows from which the context {contexts[role].name!r} can tell the role "
+                    f"data: expected rows from which the context {context.name!r} can tell the role "
                     f"{role!r} of method {self.key!r} something; got the columns {held}"
                 )
 

@@ -29,7 +29,7 @@ from opsd_train.evaluation.matched import how_judged
 from opsd_train.evaluation.missed import MissedEvaluation, is_known
 from opsd_train.loading import load_student
 from opsd_train.quantized import check_quantized
-from opsd_train.reading.prompts import Encoder
+from opsd_train.reading.prompts import Encoder, Prompt
 from opsd_train.report.page import write_report
 from opsd_train.run_folder import MODEL, Existing, check_begun, check_output
 from opsd_train.run_options import RunOptions
@@ -107,11 +107,22 @@ def make_trainer(
     prompts, watched = encoder.encode(rows, refuse), encoder.encode(held_out, refuse)
     if not prompts:
         raise ValueError(f"data: expected at least one row that fits, got none of {len(rows)}")
+    if config.method is None and config.to_teacher().kind not in ("model", "served"):
+        _check_told(prompts)
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     fewer = short_steps(len(prompts), rollouts // config.num_generations, config.world_size)
     if fewer is not None and config.private is None:
         warnings.warn(fewer, stacklevel=2)
     return OPSDTrainer(model, config, prompts, tokenizer, watched, method=method)
+
+
+def _check_told(prompts: Sequence[Prompt]) -> None:
+    """ValueError where a teacher of the student's weights reads no more than the student."""
+    if all(prompt.student_ids == prompt.teacher_ids for prompt in prompts):
+        raise ValueError(
+            "data: expected a teacher that reads more than the student; got the same tokens in all "
+            "rows, so that the loss is 0 (does the chat template ignore its messages?)"
+        )
 
 
 def run(

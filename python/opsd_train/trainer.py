@@ -151,7 +151,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         counting, pad_id, exposure = self.config.to_counting(), self.vocabulary.pad_id, self.pieces.exposure
         if self.method is None:
             self.completions.keep(written.step, written.rollouts)
-            return plain_batches(written, counting, pad_id, self.ranks.total)
+            return self.pieces.empty.heard(*plain_batches(written, counting, pad_id, self.ranks.total))
         method = self.method if exposure is None else exposure.exposed()
         batches, step = method_batches(written, method, counting, pad_id, self.ranks.total)
         self.meter.reward(step.rewards)
@@ -159,7 +159,7 @@ class OPSDTrainer(FiniteSteps, AtomicCheckpoints, Examined):
         if exposure is not None:
             exposure.read(step, pad_id)
         tokens = sum(len(rollout.completion) for rollout in written.rollouts)
-        return batches, int(self.ranks.total(torch.tensor(tokens)))
+        return self.pieces.empty.heard(batches, int(self.ranks.total(torch.tensor(tokens))))
 
     def _write(self, batches: Sequence[Sequence[Prompt]]) -> Written:
         """The rollouts of the step that is next, in the parts of these batches."""

@@ -8,6 +8,7 @@ import torch
 from opsd_train.config import OPSDConfig
 from opsd_train.method import MethodRun
 from opsd_train.pieces.effopd import Extrapolation, layer_weights
+from opsd_train.pieces.empty import EmptySteps
 from opsd_train.pieces.exposure_run import ExposedTeacher
 from opsd_train.pieces.private_run import PrivateSteps
 from opsd_train.pieces.subnetwork import restrict_to_moved
@@ -38,6 +39,7 @@ class Pieces:
         self.exposure: ExposedTeacher | None = None
         self.private: PrivateSteps | None = None
         self.extrapolation: Extrapolation | None = None
+        self.empty = EmptySteps(config.length_gate)
         exposure, private = config.to_exposure(), config.to_private()
         if exposure is not None and method is not None:
             self.exposure = ExposedTeacher(exposure, method, teacher)
@@ -50,7 +52,7 @@ class Pieces:
 
     def metrics(self, steps: int) -> dict[str, float]:
         """What they add to a line of metrics after so many optimizer steps."""
-        found: dict[str, float] = {}
+        found: dict[str, float] = self.empty.metrics()
         if self.exposure is not None:
             found |= self.exposure.metrics()
         if self.private is not None:

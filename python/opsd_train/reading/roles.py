@@ -12,6 +12,8 @@ from opsd_train.reading.prompts import Encoder, Message, pad_left, pad_right
 # Contexts whose template is an option of its own, unless `context_templates` has another.
 OWN_TEMPLATES = {"full_solution": "teacher_template or ", "privileged_context": "context_template or "}
 
+REHEARSED = 64  # steps of a rollout that a context is tried on
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -91,6 +93,17 @@ def all_known(rows: Sequence[Row], attempts: Sequence[Attempt] | None = None) ->
         )
         for index, one in enumerate(found)
     ]
+
+
+def can_tell(context: Context, rows: Sequence[Row]) -> bool:
+    """Whether a context could tell something in any row, tried on a right and a wrong rollout."""
+    text = "\n\n".join(["a step"] * REHEARSED) + "\n\n\\boxed{?}"
+    right, wrong = Attempt(text, 1.0), Attempt(text, 0.0)
+    return any(
+        _told(context, row, replace(known, own=own, siblings=(right, wrong))) is not None
+        for row, known in zip(rows, all_known(rows), strict=True)
+        for own in (right, wrong)
+    )
 
 
 def collate_role(
