@@ -139,6 +139,8 @@ def test_wrong_answer_differs_from_the_right_one_in_the_answer_alone() -> None:
     alone = told("wrong_answer", known(Attempt("\\boxed{6}", 0.0), tuple(said[:2]), answer="3"))
     assert alone == right.replace("is 3.", "is 6.")
     assert told("wrong_answer", known(said[1], tuple(said[:2]), answer="3")) is None
+    half = (Attempt("\\boxed{6}", 0.5),)  # is a right one
+    assert told("wrong_answer", known(half[0], half, answer="3")) is None
 
 
 def test_revision_has_a_control_prompt_by_reward() -> None:
