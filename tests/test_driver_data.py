@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from driver_tiny import TOKENIZER, tiny_config, tiny_prompts
 from opsd_train.data.rows import load_rows
+from opsd_train.data.sampler import parts_of, short_steps
 from opsd_train.demo.pretrain import build_tokenizer
 from opsd_train.reading.prompts import Encoder, Templates, fill, pad_left, pad_right
 
@@ -176,3 +177,9 @@ def test_padding() -> None:
     ids, mask = pad_right([(1, 2, 3), (4,)], 0)
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_a_step_with_as_many_rows_as_it_wants_is_not_short() -> None:
+    assert short_steps(8, 8, 1) is None
+    assert "7 rows are fewer than the 8 prompts" in (short_steps(7, 8, 1) or "")
+    assert parts_of([2, 0, 3]) == [slice(0, 2), slice(2, 2), slice(2, 5)]
