@@ -35,9 +35,9 @@ def written(
     given = {"tokenize": False, "add_generation_prompt": True, **chat_kwargs}
     try:
         if not any(tools):
-            return list(tokenizer.apply_chat_template([list(chat) for chat in chats], **given))  # type: ignore[arg-type]
+            return list(tokenizer.apply_chat_template([list(chat) for chat in chats], **given))
         return [
-            str(tokenizer.apply_chat_template(list(chat), tools=[*map(dict, told)] or None, **given))  # type: ignore[arg-type]
+            str(tokenizer.apply_chat_template(list(chat), tools=[*map(dict, told)] or None, **given))
             for chat, told in zip(chats, tools, strict=True)
         ]
     except TemplateError as error:
