@@ -138,7 +138,6 @@ def test_a_coefficient_may_end_or_begin_at_zero(tmp_path: Path, start: float, en
             r"per_device_train_batch_size: expected a multiple of num_generations \(4\).*got 2",
         ),
         ("selfci", {}, "the roles 'integrity' and 'utility' to read different contexts; got 'feedback'"),
-        ("mad_opd", {}, "the roles 'teacher1' and 'teacher2' to read different contexts; got 'debate'"),
     ],
 )
 def test_what_could_not_be_compared_is_refused(

@@ -9,7 +9,8 @@ import torch
 import opsd_kernels
 from opsd_kernels import Logits, get_method, methods
 from opsd_kernels.methods.needs import columns
-from opsd_kernels.methods.page import MODULES, page
+from opsd_kernels.methods.page import page
+from opsd_kernels.methods.registry import MODULES
 from opsd_kernels.recipes import Recipe
 from opsd_kernels.tokens import DATA
 from opsd_train.reading.contexts import context
@@ -18,7 +19,7 @@ from opsd_train.teachers.rule import KINDS
 ROOT = Path(__file__).parent.parent
 MECHANICS = {
     "reward", "advantage", "old_logprob", "rollout_logprob", "reference", "horizon", "turns", "exposure",
-    "routing", "pool", "offline", "extrapolation", "private", "subnetwork", "spans",
+    "routing", "pool", "offline", "extrapolate", "private", "subnetwork", "spans",
 }  # fmt: skip
 
 

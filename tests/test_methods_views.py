@@ -37,6 +37,25 @@ def test_avsd(beta: float) -> None:
     check("avsd", define, roles=VIEWS, options={"beta": beta})
 
 
+@pytest.mark.parametrize(("renormalise", "floor"), [(True, 1e-8), (True, 0.05), (False, 0.05)])
+def test_avsd_as_released(renormalise: bool, floor: float) -> None:
+    """q_G is normalised, and q_A floored, before one is compared with the other."""
+
+    def define(v: View) -> Tensor:
+        logs = torch.stack([v.lt[name] for name in VIEWS], -1)
+        d = logs - v.ls.detach()[..., None]
+        geometric = logs.mean(-1)
+        if renormalise:
+            geometric = geometric - geometric.exp().sum(-1, keepdim=True).log()
+        gap = (logs.exp().mean(-1).clamp_min(floor).log() - geometric).clamp_min(0)
+        mean = d.mean(-1).abs()
+        share = mean / (d.abs().mean(-1) + 1e-8) * mean / (mean + gap + 1e-8)
+        target = (geometric + share * gap).log_softmax(-1)
+        return v.token_mean(reverse(v.ls, target))
+
+    check("avsd", define, roles=VIEWS, options={"renormalise": renormalise, "floor": floor})
+
+
 @pytest.mark.parametrize("gate", ["sigmoid", "consistency_exp"])
 def test_avsd_gates(gate: str) -> None:
     def define(v: View) -> Tensor:

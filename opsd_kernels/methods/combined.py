@@ -13,6 +13,7 @@ from opsd_kernels.recipes import Blend, Estimator, Recipe, Term, Weight
     published="8 rollouts a prompt, lr 2e-6, 1,024 tokens, Qwen3-VL-32B to 2B",
     scope="when all rewards are 0, hinted and rejection-sampled rollouts replace two: of the data",
     differs="beta and the reference's coefficient are the configuration's: 0.5 and 0 stand here",
+    library="rollouts that the teacher's hints help to write, where all of a prompt's fail",
 )  # fmt: skip
 def kepo(threshold: float = 1.0, coefficient: float = 1.0, beta: float = 0.5, kl: float = 0.0) -> Recipe:
     """GRPO + JSD(s, t) on the rollouts with a reward of at least the threshold + kl times k3 to b."""
@@ -66,6 +67,7 @@ def dp_opd(beta: float = 0.0) -> Recipe:
     published="psi 1 (10 on GSM8K), eps 4e-4, 1e-3 times k2 to the reference",
     scope="a square of each sequence's sum: reduction='none' gives the -log s of the masked positions, of "
     "which `sequences.gdsd` makes the loss",
+    library="masked positions of a diffusion model, and the square of each sequence's sum",
 )  # fmt: skip
 def gdsd() -> Recipe:
     """-log s of the masked positions."""
@@ -101,6 +103,7 @@ def diversity(strength: float = 1.0) -> Recipe:
     driver=("offline",),
     published="50 calibration items, half the rank, LoRA 8, lr 1e-5, 5 epochs",
     scope="the projected generation is of the data; what is trained is plain imitation",
+    library="completions that the student's projected activations wrote",
 )  # fmt: skip
 def spd() -> Recipe:
     """-log s of the generated tokens."""
@@ -112,6 +115,7 @@ def spd() -> Recipe:
     teacher="moving average (0.05), the crop of the image",
     driver=("context partial_solution", "teacher ema", "old_logprob", "rollout_logprob"),
     published="lr 2e-6, 8 rollouts a prompt",
+    library="images, and a crop of each for the teacher",
 )  # fmt: skip
 def vision_opd(
     beta: float = 0.5, k: int = 100, cap: float | None = 2.0, rollout_cap: float | None = 2.0
@@ -127,6 +131,7 @@ def vision_opd(
     published="4 candidates, temperature 0.5, 0.02 times the simulation's term",
     scope="divergences between candidates, not entries: `sequences.candidate_kl` and `candidate_nll` take "
     "the sums of the log s that reduction='none' gives",
+    library="candidate futures, and divergences between whole candidates",
 )  # fmt: skip
 def pf_opsd() -> Recipe:
     """-log s of the candidates' tokens."""

@@ -63,6 +63,7 @@ def srpo(beta: float = 1.0, alpha: float = 0.5, k: int | None = 100, is_cap: flo
     scope="the feedback, and the gate that decides whose rollouts are taught (data: privileged), are the "
     "driver's",
     differs="only a summary is known to us: that the divergence is SDPO's is inferred",
+    library="a second student that is trained beside, its rollouts and feedback",
 )  # fmt: skip
 def opcod(alpha: float = 0.5, k: int | None = 100) -> Recipe:
     """SDPO's divergence on the rollouts that pass the gate."""
@@ -76,6 +77,7 @@ def opcod(alpha: float = 0.5, k: int | None = 100) -> Recipe:
     published="average 0.01, lr 1e-5 or 2e-5, 1,024 tokens, confidence from 8 or 16 rollouts",
     scope="the confidence that is written into the rollout is the driver's",
     differs="share keeps the tokens with the highest student entropy, an option of its code",
+    library="rollouts into which the measured confidence is written",
 )  # fmt: skip
 def caopd(
     alpha: float = 0.0, skip: int = 3, is_cap: float | None = 2.0, share: float | None = None
@@ -98,6 +100,7 @@ def caopd(
     published="top 20, lr 3e-5, at most 200 tokens",
     differs="the boost (above 1), the decay's form and the reward's coefficient are not known to us: 2, an "
     "exponential of the relative place, and 1 are stand-ins",
+    library="sound, which the student hears",
 )  # fmt: skip
 def cord(top: int = 20, boost: float = 2.0, decay: float = 1.0, reward: float = 1.0) -> Recipe:
     """Reverse KL, more on each rollout's 20 most divergent tokens and on early ones, plus GRPO on a judge's
@@ -110,7 +113,7 @@ def cord(top: int = 20, boost: float = 2.0, decay: float = 1.0, reward: float = 
 @method(
     "Turn-level truncated OPD (Healthcare gym)", "2605.02943",
     teacher="average of past weights, hint",
-    driver=("context feedback", "teacher ema", "teacher sync", "reward", "old_logprob", "turns"),
+    driver=("context feedback", "teacher ema", "teacher sync", "reward", "old_logprob"),
     published="lambda 4, average 0.995 every 5 steps, copied every 30; lr 5e-7, 8 prompts of 3 rollouts, at "
     "most 5 turns",
     scope="which turns count is the data's selected; the average and the hints are the driver's",
@@ -133,6 +136,7 @@ def tt_opd(coefficient: float = 4.0, form: str = "policy_gradient", clip: float 
     published="beta 0.1 and every 5 steps for the teacher's part",
     scope="the student's step; the teacher's, a binary classification of whole rollouts, is `sequences.bco`",
     differs="the student's entries are not said: k takes SDPO's support",
+    library="steps that train the teacher, one in five",
 )  # fmt: skip
 def vpd(k: int | None = None) -> Recipe:
     """KL(student || teacher that has read the feedback)."""

@@ -24,6 +24,8 @@ def gkd(beta: float = 0.5) -> Recipe:
     published="4 epochs a batch; rollouts drawn from 0.8 s + 0.2 t",
     scope="its language-modelling loss on a corpus is nll on other tokens",
     differs="TRL's version has discount 0 and no single step, which is k1",
+    library="completions drawn from a mixture of student and teacher",
+    alone={"share": None},
 )  # fmt: skip
 def minillm(share: float | None = 0.2, discount: float = 1.0, single_step: float = 1.0) -> Recipe:
     """PPO of the whitened mean return of log t - log s_old, and KL(s || t); both corrected for t's share."""
@@ -57,6 +59,7 @@ def distillm(form: str = "skew_reverse", alpha: float = 0.1) -> Recipe:
     published="alpha 0.1; the second term's coefficient rises from 1 to 1.5",
     scope="`selected` tells teacher's rollouts from student's; an alpha for each rollout is "
     "`sequences.adaptive_alpha`, with a call for each value",
+    library="completions of the teacher beside the student's",
 )  # fmt: skip
 def distillm2(alpha: float = 0.1, ramp: float = 1.0, detached: bool = True) -> Recipe:
     """KL(t || alpha t + (1 - alpha) s) on the teacher's rollouts, KL(s || (1 - alpha) t + alpha s) on s's."""
@@ -76,6 +79,7 @@ def distillm2(alpha: float = 0.1, ramp: float = 1.0, detached: bool = True) -> R
     driver=("teacher model", "routing"),
     published="teachers' last hidden states are cached, rows sorted by teacher",
     differs="product=True has the same gradient from one divergence, and a value less by a constant",
+    library="several teacher models",
 )  # fmt: skip
 def deepseek_v4(weights: tuple[float, ...] = (0.5, 0.5), product: bool = False) -> Recipe:
     """sum_i w_i KL(s || t_i), of the teachers "teacher1", "teacher2" and so on."""
@@ -93,6 +97,7 @@ def deepseek_v4(weights: tuple[float, ...] = (0.5, 0.5), product: bool = False) 
     teacher="domain experts, one routed to each prompt",
     driver=("teacher model", "routing", "old_logprob", "rollout_logprob"),
     published="a token counts where 0.5 <= s_old / s_rollout <= 5",
+    library="several teacher models, one routed to each prompt",
 )  # fmt: skip
 def mimo_mopd(low: float = 0.5, high: float = 5.0, weighted: bool = False, reward: bool = False) -> Recipe:
     """REINFORCE of log t - log s_old with IcePop's gate; weighted: times the ratio inside it."""

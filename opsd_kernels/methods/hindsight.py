@@ -12,6 +12,7 @@ from opsd_kernels.recipes import Estimator, Prepare, Recipe, Term, Weight
     driver=("context follow_up", "teacher live", "offline"),
     published="lr 1e-5, LoRA 64/128, 2,048 tokens",
     differs="the code's offline trainer skips no token, its live one the first 2 (skip=2)",
+    library="logged completions, to which a user answered",
 )  # fmt: skip
 def user_hindsight(clip: float | None = 2.0, skip: int = 0) -> Recipe:
     """-sg[clip(log t - log s, +-2)] log s on a conversation's answer, mean over each answer."""

@@ -28,6 +28,19 @@ OUT_OF_SCOPE: tuple[tuple[str, str], ...] = (
         "Recursive meta-distillation",
         "Theory of distillation as operators on distributions; it has no training loss.",
     ),
+    (
+        "RLTF-FM",
+        "Models the feedback's own text: `nll` of its tokens, on other rows than rltf_sd's.",
+    ),
+    (
+        "OPAD (of MAD-OPD)",
+        "Agents' steps instead of whole answers: mad_opd's loss, on an environment's turns.",
+    ),
+    (
+        "Question-asking as hidden-state probing",
+        "Intervenes at inference, by questions and a probe of hidden states; nothing is distilled.",
+    ),
+    ("The survey of on-policy distillation", "Orders the methods of others; it has no loss of its own."),
     ("CoRP", "Averages rewarded perturbations of the weights; it has no gradient and no loss."),
     ("ExpRL", "Makes rewards of rubrics from hidden solutions; its policy gradient is GRPO's."),
     ("ZPPO", "Puts candidate answers of a teacher into prompts and keeps GRPO's loss."),

@@ -3,14 +3,10 @@
 import sys
 
 from opsd_kernels.methods.out_of_scope import OUT_OF_SCOPE
-from opsd_kernels.methods.registry import names
+from opsd_kernels.methods.registry import MODULES, names
 from opsd_kernels.methods.table import table
 from opsd_kernels.tokens import DATA
 
-MODULES = (
-    "privileged", "feedback", "views", "estimates", "hindsight", "sampled", "weighted", "combined",
-    "foundations",
-)  # fmt: skip
 HEAD = """# Methods
 
 {count} methods, each a short entry in [`opsd_kernels/methods/`](../opsd_kernels/methods). This page is made
@@ -29,6 +25,10 @@ opsd train --method pw_opsd --method-options '{{"least": 0.5}}' --model ... --da
 The test of an entry compares its loss and gradients with a definition written from the paper's formula, in
 fp64. Empty cells are the plain case: the teacher itself, the whole vocabulary, no clip, the mean over all
 tokens. Columns of `data=` that functions read are at the end.
+
+`opsd train` refuses a method before the first step unless it has what makes the loss the method's. A method
+"runs as published" or "runs with the columns it names", with what is named behind the colon; of one that is
+"library only", the colon is followed by what the driver does not have.
 
 """
 

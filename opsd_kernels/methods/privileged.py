@@ -111,6 +111,7 @@ def skill_sd(coefficient: float = 0.001, ratio: str = "live") -> Recipe:
     driver=("context full_solution", "offline"),
     published="share of expert tokens 0.3, 0.5 or 0.7",
     scope="the mixing of the two conditionals into a target sequence is the driver's",
+    library="completions drawn from the base with and without the fact",
 )  # fmt: skip
 def mixsd() -> Recipe:
     """-log s of the mixed sequence's tokens."""
@@ -126,6 +127,8 @@ def mixsd() -> Recipe:
     "alpha; each side's call has the other one's distribution as its constant teacher. 'on_policy' is the "
     "paper's OPSD, on the student's rollouts",
     differs="no beta is known to us: 0.1 is a stand-in",
+    library="completions of the teacher",
+    alone={"side": "on_policy"},
 )  # fmt: skip
 def pi_distill(side: str = "student", beta: float = 0.1) -> Recipe:
     """-E[clipped ratio R] + beta KL: KL(teacher || student), of which the trained side has the gradient; the
@@ -162,6 +165,7 @@ def rcsd(beta: float = 0.0, entry_clip: float | None = 0.05) -> Recipe:
     teacher="initial weights, the full prompt that the student gets in pieces over several turns",
     driver=("context full_solution", "teacher initial", "turns"),
     scope="the cutting of prompts into turns is the driver's",
+    library="prompts in pieces, each of which the student answers",
 )  # fmt: skip
 def ccopd() -> Recipe:
     """KL(student given the history || teacher given the canonical prompt)."""
@@ -177,6 +181,7 @@ def ccopd() -> Recipe:
     "driver's: a row of the batch holds a rollout's positions of all steps",
     differs="clip 0.04 or 0.05 by script; beta 1 for mathematics, else 0; the code divides by the steps, of "
     "two positions each, where this divides by the positions",
+    library="the denoising steps of a diffusion model",
 )  # fmt: skip
 def d_opsd(beta: float = 1.0, k: int = 20, entry_clip: float | None = 0.05) -> Recipe:
     """Clipped reverse KL on the teacher's 20 most likely entries, both renormalised; rollouts with reward 0

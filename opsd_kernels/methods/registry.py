@@ -2,11 +2,17 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from opsd_kernels.recipes import Recipe
+
+# The modules of entries, in the order of the page; the package imports them.
+MODULES = (
+    "privileged", "feedback", "views", "estimates", "hindsight", "sampled", "weighted", "combined",
+    "foundations",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Method:
         published: hyperparameters of the published runs that are not the loss's.
         scope: what of it is a loss of tokens, and what is out of scope and why; empty if all of it is.
         differs: where paper and published code differ, and which option says so.
+        library: what the driver cannot supply, so that only the library minimises it; empty if it can.
+        alone: options with which it needs none of that; None if there are none.
 
     The test that pins it is `test_<key>` in `tests/test_methods_<module>.py`.
     """
@@ -36,6 +44,8 @@ class Method:
     published: str = ""
     scope: str = ""
     differs: str = ""
+    library: str = ""
+    alone: Mapping[str, Any] | None = None
 
     @property
     def module(self) -> str:
@@ -70,7 +80,7 @@ _METHODS: dict[str, Method] = {}
 
 def method(
     title: str, arxiv: str, *, teacher: str, driver: tuple[str, ...] = (), published: str = "",
-    scope: str = "", differs: str = "",
+    scope: str = "", differs: str = "", library: str = "", alone: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:  # fmt: skip
     """Decorator that puts a function into the table under its own name; see `Method` for the arguments."""
 
@@ -78,7 +88,9 @@ def method(
         key = build.__name__
         if key in _METHODS:
             raise ValueError(f"method: expected a name of its own; got {key!r} twice")
-        _METHODS[key] = Method(key, title, arxiv, teacher, build, driver, published, scope, differs)
+        _METHODS[key] = Method(
+            key, title, arxiv, teacher, build, driver, published, scope, differs, library, alone
+        )
         return build
 
     return add

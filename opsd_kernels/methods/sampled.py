@@ -48,7 +48,7 @@ def exopd(coefficient: float = 1.25, rollout_cap: float | None = 5.0, dense: boo
 @method(
     "EffOPD: extrapolation of the weights", "2605.11739",
     teacher="another model",
-    driver=("teacher model", "extrapolation", "old_logprob"),
+    driver=("teacher model", "extrapolate", "old_logprob"),
     published="factor 2, then f / (1 + f), at most 5 tries on 50 problems at steps that are powers of two",
     scope="the loss is exopd's; the extrapolation of the weights is the driver's",
 )  # fmt: skip
@@ -75,7 +75,7 @@ def uni_opd(delta: float | None = 0.4, mode: str = "both", gap: str = "mean", li
 @method(
     "SOD: step-wise on-policy distillation", "2605.07725",
     teacher="another model",
-    driver=("teacher model", "turns", "advantage", "old_logprob"),
+    driver=("teacher model", "advantage", "old_logprob"),
     published="lr 1e-6, 16 rollouts a prompt",
     differs="delta 0.2 in the released script, 0.5 in its configuration",
 )  # fmt: skip
@@ -141,6 +141,7 @@ def trrd(alpha: float = 0.5, kl: float = 0.0) -> Recipe:
     driver=("context feedback", "reward", "advantage", "old_logprob"),
     differs="the released code offers importance, ppo and cispo surrogates",
     scope="the loss of the feedback's own text (RLTF-FM) is nll on other tokens",
+    library="a second turn, which the student writes after feedback",
 )  # fmt: skip
 def rltf_sd(
     coefficient: float = 0.1, min_logprob: float = -5.0, surrogate: str = "importance", behaviour: str = "old"
@@ -153,7 +154,7 @@ def rltf_sd(
 @method(
     "Extrapolation cliff: ListOPD", "2605.08737",
     teacher="another model",
-    driver=("teacher model", "reference", "extrapolation", "old_logprob"),
+    driver=("teacher model", "reference", "old_logprob"),
     differs="the closed form of the largest safe lambda is not public: the caller gives lambda",
 )  # fmt: skip
 def listopd(coefficient: float | None = None) -> Recipe:
@@ -189,6 +190,7 @@ def topd(share: float | None = 0.1) -> Recipe:
     driver=("teacher model", "old_logprob"),
     published="lr 5e-6, LoRA 32; the reverse KL did better than the forward one, that than hard imitation",
     scope="actions are tokens; student and teacher have to normalise them alike",
+    library="an environment's observations and actions",
 )  # fmt: skip
 def vla_opd(form: str = "reverse", surrogate: str = "reinforce") -> Recipe:
     """REINFORCE or PPO of log t - log s; "forward": KL(t || s); "hard": -log s of the best action."""

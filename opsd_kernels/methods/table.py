@@ -3,12 +3,13 @@
 from typing import Any
 
 from opsd_kernels.methods.registry import Method, get_method, names
+from opsd_kernels.methods.supplies import supplies
 from opsd_kernels.objectives import Objective, Support
 from opsd_kernels.recipes import Blend, Built, Entropy, Estimator, Role, Term
 
 COLUMNS = (
     "method", "paper", "teacher", "target", "divergence", "support", "clip", "weight", "extra terms",
-    "driver pieces", "scope and differences", "test",
+    "driver pieces", "with opsd train", "scope and differences", "test",
 )  # fmt: skip
 ARXIV = "https://arxiv.org/abs/"
 
@@ -41,9 +42,16 @@ def _row(method: Method) -> list[str]:
         ", ".join([_call(spec.name, spec.options) for spec in main.weights] + [_per(main)]).strip(", "),
         "; ".join([*others, *prepared]),
         ", ".join(method.driver),
+        state_of(method),
         "; ".join(note for note in notes if note),
         f"`tests/test_methods_{method.module}.py::test_{method.key}`",
     ]
+
+
+def state_of(method: Method) -> str:
+    """The state of a method with its own options, and what has to be supplied."""
+    found = supplies(method.key)
+    return f"{found.state}: {'; '.join(found.words)}" if found.words else found.state
 
 
 def describe(term: Term) -> str:

@@ -14,15 +14,23 @@ from opsd_kernels.recipes import Built, Estimator, Prepare, Recipe, Term, Weight
     scope="the code's mode on the union of the views' top k, which also bounds each token's loss, is left "
     "out",
     differs="the released scripts use the sampled token with an unnormalised consensus (sampled=True, data: "
-    "teacher_logprobs); gate 'sigmoid' and 'consistency_exp' are options of the code",
+    "teacher_logprobs); its dense target normalises q_G and floors q_A before J (renormalise=True, "
+    "floor=1e-8); gate 'sigmoid' and 'consistency_exp' are options of the code",
 )  # fmt: skip
-def avsd(views: int = 3, gate: str = "avsd", beta: float = 1.0, sampled: bool = False) -> Recipe:
+def avsd(
+    views: int = 3, gate: str = "avsd", beta: float = 1.0, sampled: bool = False, renormalise: bool = False,
+    floor: float | None = None,
+) -> Recipe:  # fmt: skip
     """KL(s || q*), log q* = the views' mean of log q_m plus lambda J: J is how far their arithmetic mean
     exceeds the geometric one, lambda how far the views agree against the student."""
     if sampled:
+        for name, given in (("renormalise", renormalise), ("floor", floor)):
+            if given:
+                raise ValueError(f"{name}: expected nothing with sampled=True; got {given!r}")
         return Recipe((Term(Estimator("policy_gradient", {"advantage": "consensus"}), teacher=None),))
     names = tuple(f"view{number}" for number in range(1, views + 1))
-    return Recipe((Term(Objective("jsd", beta), teacher=Built("consensus", names, {"gate": gate})),))
+    options = {"gate": gate, "renormalise": renormalise, "floor": floor}
+    return Recipe((Term(Objective("jsd", beta), teacher=Built("consensus", names, options)),))
 
 
 @method(

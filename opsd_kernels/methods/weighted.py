@@ -61,6 +61,7 @@ def scope(
     teacher="several models, each with the debate so far",
     driver=("context debate", "teacher model"),
     published="2 rounds, lr 1e-5; beta 0.5 for agents, 1 for code",
+    library="several teacher models, and their debate",
 )  # fmt: skip
 def mad_opd(teachers: int = 2, beta: float = 0.5, tau: float = 1.0, top_k: int | None = None) -> Recipe:
     """sum_k w_k JSD(s, t_k), w = softmax(c / (100 tau)) of the teachers' confidences, 0 to 100."""
@@ -80,6 +81,7 @@ def mad_opd(teachers: int = 2, beta: float = 0.5, tau: float = 1.0, top_k: int |
     "tokens among the student's top entries; the symmetric difference of both tops is no support here",
     differs="coefficient 0.05 in the README, 10 by an audit; the text's renormalised KL is zero for one "
     "entry, the code has a score function per entry (also arXiv 2604.13016)",
+    library="completions of the teacher, one of which is selected",
 )  # fmt: skip
 def brts(
     k: int = 16, of: str = "student", weight: str = "student_renormalised", coefficient: float = 0.05
@@ -169,6 +171,7 @@ def selfci(
     teacher="moving average of the student (0.99 every 5 steps)",
     driver=("teacher ema", "offline"),
     published="lr 1e-5",
+    library="demonstrations as completions",
 )  # fmt: skip
 def curiosft(coefficient: float = 1.0, raise_by: float = 0.5, k: int = 512) -> Recipe:
     """-log s + (log s - log t_tau)^2 / 2 on demonstrations, tau the temperature that raises t's entropy."""

@@ -170,6 +170,7 @@ class OPSDConfig(
         self.check_safety()
         self.check_method()
         self.check_pieces()
+        self.check_supplies()
         self.to_objective()
         self.to_templates()
         self.to_teacher()

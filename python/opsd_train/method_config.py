@@ -1,9 +1,12 @@
 """The part of a run's configuration that concerns methods of the literature."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from opsd_kernels import get_method
+from opsd_kernels.methods.supplies import PIECES, supplies
+from opsd_kernels.tokens import DATA
 from opsd_train.evaluation.verify import Verifier, imported
 from opsd_train.fields import json_object, option
 from opsd_train.method import MethodRun, make_roles
@@ -90,6 +93,36 @@ class MethodConfig:
             self._without_objective()
             get_method(self.method).recipe(**self._options)
         Verifier.named(self._verifier_name)
+
+    def check_supplies(self) -> None:
+        """ValueError unless the run has what makes the method's loss the method's; says how to supply it."""
+        if self.method is None:
+            return
+        found = supplies(self.method, **self._options)
+        if found.library:
+            alone = get_method(self.method).alone
+            hint = "" if alone is None else f", or --method-options '{json.dumps(dict(alone))}' without them"
+            raise ValueError(
+                f"method: expected one for which the driver has everything; {self.method!r} is for the "
+                f"library only (opsd_kernels.loss(..., objective={self.method!r}){hint}): it needs "
+                f"{found.library}, which the driver does not have"
+            )
+        for name in found.pieces:
+            # A mapping without entries takes the defaults.
+            if getattr(self, name) in (None, 0):
+                raise ValueError(
+                    f"{name}: expected {PIECES[name]} with method {self.method!r}, which is another one "
+                    "without it; got none"
+                )
+        for name in found.annotated if self.annotator is None else ():
+            raise ValueError(
+                f"annotator: expected a function that makes the column {name!r} ({DATA[name][1]}), which "
+                f"method {self.method!r} reads; got none"
+            )
+        if found.pooled and not self.pool and self.annotator is None:
+            raise ValueError(
+                f"pool: expected the contexts whose teachers method {self.method!r} compares; got none"
+            )
 
     def longest(self, step: int, most: int) -> int:
         """Tokens that a rollout may have at an optimizer step, at most `most`."""

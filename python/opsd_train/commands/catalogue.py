@@ -9,17 +9,18 @@ from rich.text import Text
 from opsd_kernels import get_method
 from opsd_kernels.methods import names
 from opsd_kernels.methods.needs import columns
-from opsd_kernels.methods.table import describe, target_of
+from opsd_kernels.methods.table import describe, state_of, target_of
 from opsd_kernels.recipes import Term
 
 
 def all_methods() -> Group:
-    """Every method by its name: its paper, what it minimises, and its teacher."""
+    """Every method by its name: its paper, what it minimises, whether it runs, and its teacher."""
     shown: list[RenderableType] = []
     for key in sorted(names()):
         method = get_method(key)
         shown.append(Text(key, style="cyan").append(f"  {method.arxiv}", style="default"))
         shown.append(Padding(Text(method.note), (0, 0, 0, 4), expand=False))
+        shown.append(Padding(Text(state_of(method)), (0, 0, 0, 4), expand=False))
         if method.teacher:
             shown.append(Padding(Text(f"teacher: {method.teacher}"), (0, 0, 0, 4), expand=False))
     return Group(*shown)
@@ -39,6 +40,7 @@ def one_method(key: str) -> Table:
         "options": options,
         "teacher": [method.teacher],
         "driver": list(method.driver),
+        "opsd train": [state_of(method)],
         "published with": [method.published],
         "scope": [method.scope],
         "paper and code": [method.differs],
