@@ -154,7 +154,6 @@ def test_nothing_is_generated_and_no_teacher_read(tmp_path: Path, monkeypatch: p
         ({"method": "opsd"}, "offline: expected a method whose teacher is known .*'opsd' needs a live one"),
         ({"method": "demopsd"}, "offline: expected a method with a single teacher .*'demopsd' needs"),
         ({"method": "skill_sd", "teacher": "ema"}, "offline: expected teacher 'initial', .*; got 'ema'"),
-        ({"method": "opd_topk_sg"}, "'vision_opd' needs a live one"),
         ({"contexts": {"teacher": "plain"}}, "offline: expected contexts {}, since the cache holds"),
         ({"horizon": {"name": "share"}}, "offline: expected horizon {}"),
         ({"loss_temperature": 0.5}, "offline: expected loss_temperature 1.0, that of the cache's .* got 0.5"),
