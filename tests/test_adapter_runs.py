@@ -128,6 +128,13 @@ def test_adapters_of_another_shape_are_refused(adapter: Path, wanted: Wanted, me
         load_student(Source(str(adapter)), wanted)
 
 
+@pytest.mark.parametrize(("name", "wanted"), [("alpha", Wanted(0, 8.0)), ("dropout", Wanted(0, None, 0.0))])
+def test_what_adapters_have_is_refused_where_there_are_none(base: Path, name: str, wanted: Wanted) -> None:
+    message = f"lora_{name}: expected lora_rank with it, or adapters at '{base}'; got {getattr(wanted, name):g}"
+    with pytest.raises(ValueError, match=message):
+        load_student(Source(str(base)), wanted)
+
+
 def test_adapters_on_other_layers_are_refused_where_a_rank_is_asked_for(base: Path, tmp_path: Path) -> None:
     folder = adapted(base, tmp_path / "few", ["q_proj", "v_proj"])
     message = r"lora_rank: .* are on 4 layers \(q_proj, v_proj\), and lora_rank 4 asks for every .* 14 layers"

@@ -98,13 +98,19 @@ def load_student(
     """Load a model to train, see `load_source`: all of its weights, or LoRA adapters on it.
 
     Adapters that are there go on, as they are; they are not replaced by new ones. Raises ValueError if they
-    are of another shape than `wanted`, and for quantised weights without adapters.
+    are of another shape than `wanted`, and for quantised weights, alpha or dropout without adapters.
     """
     found, tokenizer, adapter = _below(source)
     if adapter is not None:
         return with_adapter_on(found, adapter, wanted), tokenizer
     if wanted.rank:
         return with_lora(found, wanted.rank, wanted.alpha, wanted.dropout), tokenizer
+    for name, given in (("lora_alpha", wanted.alpha), ("lora_dropout", wanted.dropout)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: expected lora_rank with it, or adapters at {source.model!r}; got {given:g} alone "
+                f"(`{name}: null` in a --config takes back what a preset says)"
+            )
     if source.bits:
         raise ValueError(
             f"{option_of(source.bits)}: expected lora_rank with it, or adapters at {source.model!r}, since "
