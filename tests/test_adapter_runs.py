@@ -130,7 +130,8 @@ def test_adapters_of_another_shape_are_refused(adapter: Path, wanted: Wanted, me
 
 @pytest.mark.parametrize(("name", "wanted"), [("alpha", Wanted(0, 8.0)), ("dropout", Wanted(0, None, 0.0))])
 def test_what_adapters_have_is_refused_where_there_are_none(base: Path, name: str, wanted: Wanted) -> None:
-    message = f"lora_{name}: expected lora_rank with it, or adapters at '{base}'; got {getattr(wanted, name):g}"
+    got = f"{getattr(wanted, name):g}"
+    message = f"lora_{name}: expected lora_rank with it, or adapters at '{base}'; got {got} alone"
     with pytest.raises(ValueError, match=message):
         load_student(Source(str(base)), wanted)
 
