@@ -63,6 +63,13 @@ def group_advantage(
 
 
 @prepare
+def draw(batch: Batch) -> dict[str, Tensor]:
+    """`draw`, uniform numbers of torch's global generator, unless the data has it: all terms see the same."""
+    found = batch["draw"] if "draw" in batch.data else torch.rand(batch.mask.shape, device=batch.mask.device)
+    return {"draw": on_live(batch, found)}
+
+
+@prepare
 def future_cross_entropy(batch: Batch, *, discount: float = 1.0) -> dict[str, Tensor]:
     """`advantage` A_t = -sum_{u > t} discount^(u - t - 1) CE_u, CE = -sum_v t_v log s_v (DistIL, 2606.05152).
 

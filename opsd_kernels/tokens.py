@@ -39,6 +39,7 @@ DATA = {
     "chunk": ("token", "integer index of the audited chunk that the token is in, -1 none"),
     "confidence": ("teachers", "each teacher's confidence in its answer, 0 to 100; [B, M] is spread"),
     "teacher_mass": ("token", "teacher's mass on the student's most likely entries"),
+    "draw": ("token", "number in [0, 1) that decides what is left to chance; drawn where it is not given"),
 }
 
 

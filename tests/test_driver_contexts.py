@@ -116,6 +116,14 @@ def test_sibling_is_the_first_success_that_is_not_the_rollout_itself() -> None:
     assert told("sibling", known()) is None
 
 
+def test_wrong_sibling_is_told_as_a_right_one_is() -> None:
+    good, bad = Attempt("<think>hm</think>good", 1.0), Attempt("<think>hm</think>bad", 0.0)
+    wrong = told("wrong_sibling", known(bad, (good, Attempt("<think>only", 0.0), bad)))
+    assert wrong == (told("sibling", known(bad, (good,))) or "").replace("good", "bad")
+    assert told("wrong_sibling", known(bad, (good, Attempt("half", 0.5)))) is None
+    assert told("wrong_sibling", known(bad, (Attempt("half", 0.5),)), threshold=0.6) is not None
+
+
 def test_sibling_with_feedback() -> None:
     good, bad = Attempt("good", 1.0), Attempt("bad", 0.0)
     with_demo, without = known(bad, (good,), feedback="fb"), known(bad, (bad,), feedback="fb")
@@ -170,6 +178,7 @@ def test_wrong_calls() -> None:
     assert {name for name in context.functions if Context(name).on_policy} == {
         "wrong_answer",
         "sibling",
+        "wrong_sibling",
         "revision",
         "critique",
     }

@@ -21,6 +21,7 @@ METHODS = {
     "demopsd": {"num_generations": 4},
     "purified_opsd": {},
     "cepo": {"num_generations": 4},
+    "rlcsd": {"num_generations": 4, "teacher": "sync"},
     "tip": {},
     "vopd": {},
     "exopd": {"teacher": "ema", "method_schedule": {"coefficient": {"start": 1.0, "end": 1.5, "steps": 2}}},
@@ -39,7 +40,7 @@ def test_opsd_train(tmp_path: Path, method: str) -> None:
         "method": method, "student_template": "{problem}", "teacher_template": "{solution};{problem}",
         "context_templates": {
             "answer_only": "{answer};{problem}", "wrong_answer": "{answer};{problem}",
-            "sibling": "{demonstration};{problem}",
+            "sibling": "{demonstration};{problem}", "wrong_sibling": "{demonstration};{problem}",
         },
         "max_completion_length": 5, "per_device_train_batch_size": 16, "max_steps": 3, "learning_rate": 1e-4,
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "rollouts_recorded": 2,

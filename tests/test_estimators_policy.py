@@ -13,6 +13,7 @@ from opsd_kernels.tokens import Tokens
 A = column(1.0, -0.5, 2.0, 0.0, -3.0, 0.7)
 REFERENCE = column(-0.4, -1.0, -0.6, -5.0, -2.0, -3.3)
 ROLLOUT = column(-0.15, -1.9, -0.8, -8.0, -0.4, -3.1)
+RIGHT = column(1.0, 1.0, 0.0, 1.0, 0.0, 1.0).bool()
 SCALE = column(1.2, 0.5, 1.0, 0.0, 2.0, 1.0)
 DATA = {
     "advantage": A,
@@ -22,6 +23,7 @@ DATA = {
     "negative_logprob": BAD,
     "teacher_logprobs": torch.stack((LOG_T, BAD), -1),
     "coefficient": SCALE,
+    "correct": RIGHT,
 }
 R = LOG_T - LOG_S
 X = Tokens(LOG_S, LOG_T, data=DATA)
@@ -38,6 +40,11 @@ def advantage_of(name: str, **options: object) -> Tensor:
 def factor(sign: Tensor, evidence: Tensor, mix: float, width: float) -> Tensor:
     w = torch.where(sign > 0, evidence.exp(), torch.where(sign < 0, (-evidence).exp(), 1.0))
     return 1 - mix + mix * torch.minimum(torch.maximum(w, column(1 - width)), column(1 + width))
+
+
+def contrasted(tau: float, strength: float) -> Tensor:
+    moved = A + strength * torch.tanh((LOG_T - BAD) / tau)
+    return torch.where(A > 0, moved.clamp(min=0), torch.where(A < 0, moved.clamp(max=0), 0.0))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,10 @@ def factor(sign: Tensor, evidence: Tensor, mix: float, width: float) -> Tensor:
         ("rlsd", {}, A * factor(A, R, 0.5, 0.2)),
         ("rlsd", {"mix": 0.1, "width": 0.5}, A * factor(A, R, 0.1, 0.5)),
         ("cepo", {}, A * factor(A, LOG_T - BAD, 0.5, 0.2)),
+        ("rlrt", {}, torch.where(RIGHT, A * factor(A, -R, 0.5, 1.0), A)),
+        ("rlrt", {"mix": 0.1, "width": 0.5}, torch.where(RIGHT, A * factor(A, -R, 0.1, 0.5), A)),
+        ("rlcsd", {}, contrasted(0.02, 0.5)),
+        ("rlcsd", {"tau": 2.0, "strength": 1.5}, contrasted(2.0, 1.5)),
         ("agreeing", {}, torch.where(R * A > 0, R, 0.0)),
         ("agreeing", {"agree": 1.5, "disagree": 0.5}, torch.where(R * A > 0, 1.5 * R, 0.5 * R)),
     ],

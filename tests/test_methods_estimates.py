@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import opsd_kernels
 from method_cases import BATCH, LENGTH, View, check
-from opsd_kernels import methods
+from opsd_kernels import Logits, methods
 
 
 def forward(ls: Tensor, lt: Tensor) -> Tensor:
@@ -158,3 +159,56 @@ def test_reopold(phase: int) -> None:
 def test_reopold_names_its_phases() -> None:
     with pytest.raises(ValueError, match=r"phase: expected 1 or 2; got 3"):
         methods.recipe("reopold", phase=3)
+
+
+@pytest.mark.parametrize(("gain", "cap"), [(0.5, None), (2.0, 0.8)])
+def test_iw_opd(gain: float, cap: float | None) -> None:
+    def define(v: View) -> Tensor:
+        reward = (v.at_y(v.t) - v.at_y(v.ls)).detach()
+        weights = torch.ones_like(reward)
+        for b in range(BATCH):
+            live = v.mask[b].nonzero()[:, 0].tolist()
+            whole = sum(abs(float(reward[b, i])) for i in live)
+            for n, i in enumerate(live):
+                passed = sum(abs(float(reward[b, j])) for j in live[:n])
+                weights[b, i] = 1 + gain * (1 - passed / whole)
+        if cap is not None:
+            weights = weights * (v.data["old_logprob"] - v.data["rollout_logprob"]).exp().clamp(max=cap)
+        return v.token_mean(-weights * reward * v.at_y(v.ls))
+
+    columns = () if cap is None else ("old_logprob", "rollout_logprob")
+    check("iw_opd", define, columns=columns, options={"gain": gain, "rollout_cap": cap}, close=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [0.001, 0.5, 0])
+def test_tropd(guidance: float) -> None:
+    def define(v: View) -> Tensor:
+        log_y, log_t = v.at_y(v.ls), v.at_y(v.t)
+        trusted = v.data["draw"] < (log_t - log_y).exp().clamp(max=1)
+        top = v.t.topk(5)
+        covering = (top.values.exp() * (top.values - v.ls.gather(-1, top.indices))).sum(-1)
+        own = torch.where(trusted, -(log_t - log_y).detach() * log_y, covering)
+        assert bool((v.mask & ~trusted).any())
+        if not guidance:
+            return v.token_mean(own)
+        return v.token_mean(torch.where(v.data["selected"], guidance * (log_t - log_y), own))
+
+    columns = ("draw", "selected") if guidance else ("draw",)
+    check("tropd", define, columns=columns, options={"k": 5, "guidance": guidance})
+
+
+def test_tropd_draws_once_for_both_of_its_losses() -> None:
+    """Every token has one of the two, of a draw that the data does not hold."""
+    g = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(2, 500, 6, generator=g) for _ in range(2))
+    ids = torch.randint(6, (2, 500), generator=g)
+    ls, lt = (x.double().log_softmax(-1) for x in (student, teacher))
+    at_y = [x.gather(-1, ids[..., None])[..., 0] for x in (ls, lt)]
+    k1, covering = (at_y[1] - at_y[0]) * -at_y[0], (lt.exp() * (lt - ls)).sum(-1)
+    recipe = methods.recipe("tropd", k=6, guidance=0)
+    given = {"objective": recipe, "token_ids": ids, "reduction": "none"}
+    found = opsd_kernels.loss(Logits(student), {"teacher": Logits(teacher)}, **given).double()
+    drawn = (found - k1).abs() < 1e-5
+    torch.testing.assert_close(found, torch.where(drawn, k1, covering), rtol=1e-4, atol=1e-5)
+    chance = (at_y[1] - at_y[0]).exp().clamp(max=1)
+    assert abs(float(drawn.double().mean() - chance.mean())) < 0.05

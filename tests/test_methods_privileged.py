@@ -50,6 +50,25 @@ def test_opsd() -> None:
     check("opsd", sampled, options={"sampled": True})
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 0.0}, {"alpha": 0.3, "skip": 2}, {"alpha": 0.5, "top_k": 9}]
+)
+def test_sdft(options: dict[str, float]) -> None:
+    def define(v: View) -> Tensor:
+        ls, lt = v.ls, v.t
+        if "top_k" in options:
+            ids = ls.detach().topk(9).indices
+            ls, lt = (
+                torch.cat((x.gather(-1, ids), (1 - x.gather(-1, ids).exp().sum(-1, keepdim=True)).log()), -1)
+                for x in (ls, lt)
+            )
+        loss = jsd_terms(ls, lt, options.get("alpha", 1.0)).sum(-1)
+        rows = [loss[b][v.mask[b]][int(options.get("skip", 0)) :] for b in range(len(loss))]
+        return torch.stack([row.mean() for row in rows if len(row)]).mean()
+
+    check("sdft", define, options=options)
+
+
 def test_opsd_clip_mode_scale_keeps_a_share_of_the_gradient() -> None:
     def define(v: View) -> Tensor:
         terms = jsd_terms(v.ls, v.t, 0)

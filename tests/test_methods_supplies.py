@@ -19,7 +19,7 @@ from opsd_train.method import OWN, POOL, SCORED
 ELSEWHERE = {
     "kepo", "gdsd", "spd", "vision_opd", "pf_opsd", "opcod", "caopd", "cord", "vpd", "minillm", "distillm2",
     "deepseek_v4", "mimo_mopd", "user_hindsight", "mixsd", "pi_distill", "ccopd", "d_opsd", "rltf_sd",
-    "vla_opd", "mad_opd", "brts", "curiosft",
+    "vla_opd", "mad_opd", "brts", "curiosft", "tropd",
 }  # fmt: skip
 TOLD = {
     "oracle", "tt_opd", "omniopd", "selectkd", "step_critique", "trace", "skill_sd", "rcsd", "distil", "sod",
@@ -57,7 +57,8 @@ def test_every_entry_runs_with_what_it_names_or_is_refused(tmp_path: Path, key: 
 
 
 @pytest.mark.parametrize(
-    ("key", "options"), [("pi_distill", {"side": "on_policy"}), ("minillm", {"share": None})]
+    ("key", "options"),
+    [("pi_distill", {"side": "on_policy"}), ("minillm", {"share": None}), ("tropd", {"guidance": 0})],
 )
 def test_options_that_need_nobody_else(tmp_path: Path, key: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"or --method-options '{.*}' without them"):

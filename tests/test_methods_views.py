@@ -175,3 +175,36 @@ def test_rlsd(mix: float, width: float) -> None:
         "rlsd", define, columns=("old_logprob",), options={"mix": mix, "width": width},
         data=SIGNED,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("mix", "width"), [(0.5, 1.0), (0.3, 0.2)])
+def test_rlrt(mix: float, width: float) -> None:
+    def define(v: View) -> Tensor:
+        gap = (v.at_y(v.ls) - v.at_y(v.t)) * v.data["correct"].double()[:, None]
+        return v.token_mean(credit(v, gap, mix, width, 0.2))
+
+    check(
+        "rlrt", define, columns=("old_logprob", "correct"), options={"mix": mix, "width": width},
+        data=SIGNED,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tau", "strength", "threshold"), [(0.02, 0.5, 0.02), (2.0, 0.6, 0.25)])
+def test_rlcsd(tau: float, strength: float, threshold: float) -> None:
+    def define(v: View) -> Tensor:
+        a, r = v.data["advantage"], strength * torch.tanh((v.at_y(v.t) - v.data["negative_logprob"]) / tau)
+        moved = torch.where(a > 0, (a + r).clamp(min=0), torch.where(a < 0, (a + r).clamp(max=0), 0 * a))
+        ratio = (v.at_y(v.ls) - v.data["old_logprob"]).exp()
+        clipped = ratio.clamp(0.8, 1.2)
+        apart = v.mask & (r.abs() > threshold)
+        alike = v.mask & ~apart
+        assert bool(apart.any())
+        assert tau == 0.02 or (bool(alike.any()) and bool((moved[apart] == 0).any()))
+        by_hint = -torch.minimum(ratio * moved, clipped * moved)[apart].sum() / apart.sum()
+        plain = -torch.minimum(ratio * a, clipped * a)[alike].sum() / alike.sum().clamp(min=1)
+        return plain + 0.7 * by_hint
+
+    options = {"tau": tau, "strength": strength, "threshold": threshold, "coefficient": 0.7}
+    check(
+        "rlcsd", define, columns=("old_logprob", "negative_logprob"), options=options, data=SIGNED,
+    )  # fmt: skip

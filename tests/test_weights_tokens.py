@@ -92,6 +92,31 @@ def test_cord(b, top, boost, decay):
     assert_weights(found, by_row(b, row, b.stats.reverse_kl))
 
 
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_prefix_trust(b, gain):
+    def row(t: list[float], s: list[float]) -> list[float]:
+        gaps = [abs(x - y) for x, y in zip(t, s, strict=True)]
+        return [1 + gain * (1 - sum(gaps[:i]) / sum(gaps)) for i in range(len(gaps))]
+
+    found = weight["prefix_trust"](b, gain=gain)
+    assert_weights(found, by_row(b, row, b.stats.teacher_logprob, b.stats.student_logprob))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_trust_region_and_contrast_gate(b, inside):
+    t, s = b.stats.teacher_logprob, b.stats.student_logprob
+
+    def trusted(t: float, s: float, u: float) -> float:
+        return float((u < min(math.exp(t - s), 1)) == inside)
+
+    def told_apart(t: float, bad: float) -> float:
+        return float((abs(0.5 * math.tanh((t - bad) / 3.0)) > 0.25) == inside)
+
+    assert_weights(weight["trust_region"](b, inside=inside), by_token(b, trusted, t, s, b.data["draw"]))
+    found = weight["contrast_gate"](b, tau=3.0, strength=0.5, threshold=0.25, inside=inside)
+    assert_weights(found, by_token(b, told_apart, t, b.data["negative_logprob"]))
+
+
 @pytest.mark.parametrize(("limit", "of"), [(0.1, "student"), (0.5, "student"), (0.5, "teacher")])
 def test_entropy_prefix(b, limit, of):
     def row(h: list[float]) -> list[float]:

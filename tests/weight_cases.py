@@ -58,6 +58,8 @@ def batch(seed: int = 0, mask: Tensor = MASK, junk: float = math.nan) -> Batch:
         "turn": torch.where(mask, torch.arange(mask.shape[1]) // 3, 10**6),
         "chunk": torch.where(mask, torch.arange(mask.shape[1]) // 4 - 1, -9),
         "selected": torch.where(mask, torch.arange(mask.shape[1]) % 2 == 0, True),
+        "negative_logprob": column(-6, 0),
+        "draw": column(0, 1),
     }
     return Batch(mask, data, lambda: stats)
 

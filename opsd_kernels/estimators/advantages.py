@@ -162,6 +162,36 @@ def cepo(x: Tokens, *, mix: float = 0.5, width: float = 0.2) -> Tensor:
 
 
 @advantage
+def rlrt(x: Tokens, *, mix: float = 0.5, width: float = 1.0) -> Tensor:
+    """As `rlsd` with w = clip((s / t)^sign(A), 1 +- eps) on right rollouts; A itself on the others (RLRT).
+
+    What the student chose by itself, and was right with, counts more (arXiv 2605.10781).
+
+    Args:
+        mix: lambda; published 0.5.
+        width: eps; published 1 for base models, 0.5 for instructed and 0.2 for thinking ones.
+    """
+    reversed_credit = _credit(x, x.log_s.detach() - x.teacher, mix, width)
+    return torch.where(x["correct"].bool(), reversed_credit, x["advantage"])
+
+
+@advantage
+def rlcsd(x: Tokens, *, tau: float = 0.02, strength: float = 0.5) -> Tensor:
+    """A + strength tanh((log t - log t_bad) / tau), or 0 where that has another sign than A (RLCSD).
+
+    A is the data's `advantage`; t saw a right rollout, t_bad (`negative_logprob`) is the mean of those that
+    saw wrong ones (arXiv 2606.11709).
+
+    Args:
+        tau: scale of the contrast in nats; published 0.02.
+        strength: published 0.5.
+    """
+    outcome = x["advantage"]
+    moved = outcome + strength * ((x.teacher - x["negative_logprob"]) / tau).tanh()
+    return torch.where(moved.sign() == outcome.sign(), moved, 0.0)
+
+
+@advantage
 def consensus(x: Tokens) -> Tensor:
     """A = log q_G + lambda J - log s of M views of one teacher (AVSD's released scripts, arXiv 2605.20643).
 

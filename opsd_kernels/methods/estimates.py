@@ -3,8 +3,9 @@
 import math
 
 from opsd_kernels.methods.registry import method
+from opsd_kernels.methods.terms import importance
 from opsd_kernels.objectives import Objective, Support
-from opsd_kernels.recipes import Estimator, Recipe, Term, Weight
+from opsd_kernels.recipes import Estimator, Prepare, Recipe, Term, Weight
 
 # Modes of the code of arXiv 2605.11182 that are one divergence: its name, whose entries, what of the others.
 _OF_ENTRIES = {
@@ -114,3 +115,39 @@ def reopold(phase: int = 1, mixing: float = 0.1, share: float = 0.2) -> Recipe:
     kept = Weight("reward_above", {"floor": floor}) if phase == 1 else Weight("top_entropy", {"share": share})
     loss = Estimator("policy_gradient", {"advantage": "teacher", "floor": floor})
     return Recipe((Term(loss, weights=(kept,), normaliser="selected"),))
+
+
+@method(
+    "The position bias of on-policy distillation: importance weights (IW-OPD)", "2606.22600",
+    teacher="a larger model",
+    driver=("teacher model",),
+    published="weights from 1.5 to 1, lr 1e-5, 1,024 rollouts a step, 16,384 tokens",
+    differs="the released script cuts s_old / s_rollout at 5 besides: rollout_cap=5",
+)  # fmt: skip
+def iw_opd(gain: float = 0.5, rollout_cap: float | None = None) -> Recipe:
+    """k1 times 1 + gamma (1 - share of the rollout's |log t - log s| that lies before the token)."""
+    weights = (Weight("prefix_trust", {"gain": gain}), *importance(None, rollout_cap))
+    return Recipe((Term(Estimator("k1"), weights=weights),))
+
+
+@method(
+    "Trust region on-policy distillation (TrOPD)", "2606.01249",
+    teacher="a larger model",
+    driver=("teacher model",),
+    published="top 64, guidance 0.001 falling to 0 by a cosine over 200 steps, lr 5e-6, 128 prompts of 4 "
+    "rollouts, 8,096 tokens",
+    scope="`selected` tells the teacher's prefixes, which the student goes on from; guidance=0 has none",
+    differs="how the three parts are averaged is not known to us: all by the number of tokens",
+    library="completions of which the teacher wrote the first part",
+    alone={"guidance": 0},
+)  # fmt: skip
+def tropd(k: int = 64, guidance: float = 0.001) -> Recipe:
+    """k1 on tokens drawn with the probability min(t / s, 1), sum_v t_v (log t_v - log s_v) over the teacher's
+    top k on the other ones; plus guidance (log t - log s) on what the teacher wrote."""
+    own = (Weight("selected", {"accept": 0.0, "reject": 1.0}),) if guidance else ()
+    trusted, outlying = (Weight("trust_region", {"inside": inside}) for inside in (True, False))
+    covering = Objective("forward_kl", support=Support(k, "teacher", "drop"))
+    terms = [Term(Estimator("k1"), weights=(trusted, *own)), Term(covering, weights=(outlying, *own))]
+    if guidance:
+        terms.append(Term(Estimator("decoded"), guidance, weights=(Weight("selected"),)))
+    return Recipe(tuple(terms), (Prepare("draw"),))

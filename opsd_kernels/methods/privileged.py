@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from opsd_kernels.methods.registry import method
-from opsd_kernels.methods.terms import grpo
+from opsd_kernels.methods.terms import grpo, on_student_top
 from opsd_kernels.objectives import Objective, Support
 from opsd_kernels.recipes import Estimator, Prepare, Recipe, Term, Weight
 
@@ -32,6 +32,19 @@ def opsd(
     whole = Objective("jsd", beta) if beta else Objective("forward_kl")
     loss = replace(whole, entry_clip=entry_clip, clip_mode=clip_mode, support=support)
     return Recipe((Term(loss),))
+
+
+@method(
+    "SDFT: self-distillation enables continual learning", "2601.19897",
+    teacher="moving average, the demonstration in context",
+    driver=("context full_solution", "teacher ema"),
+    differs="the text minimises KL(s || t); alpha, top_k and skip (a rollout's first tokens) are options of "
+    "TRL's version; how tokens are averaged is not known to us: by rollout, as in caopd, which has this loss",
+)  # fmt: skip
+def sdft(alpha: float = 1.0, top_k: int | None = None, skip: int = 0) -> Recipe:
+    """KL(s || t) over the whole vocabulary on own samples; a JSD for alpha below 1, KL(t || s) at 0."""
+    first = (Weight("skip_first", {"tokens": skip}),) if skip else ()
+    return Recipe((Term(on_student_top(alpha, top_k), weights=first, normaliser="sequence_selected"),))
 
 
 @method(

@@ -1,7 +1,7 @@
 """Self-distillation from several contexts of one teacher: their consensus and their differences."""
 
 from opsd_kernels.methods.registry import method
-from opsd_kernels.methods.terms import importance, on_student_top
+from opsd_kernels.methods.terms import grpo, importance, on_student_top
 from opsd_kernels.objectives import Objective
 from opsd_kernels.recipes import Built, Estimator, Prepare, Recipe, Term, Weight
 
@@ -110,6 +110,47 @@ def rlsd(mix: float = 0.5, width: float = 0.2, low: float = 0.2, high: float = 0
     """PPO with A [(1 - lambda) + lambda w], w = clip((t / s)^sign(A), 1 - eps, 1 + eps): the reward says
     where to go, the teacher how far."""
     return _credit("rlsd", mix, width, low, high)
+
+
+@method(
+    "Rebellious Student: RLVR with a reversed teacher (RLRT)", "2605.10781",
+    teacher="live weights, a right rollout of the same prompt",
+    driver=("context sibling", "teacher live", "reward", "advantage", "old_logprob"),
+    published="lambda 0.5; eps 1 for base models, 0.5 for instructed and 0.2 for thinking ones",
+    differs="PPO's bounds are not known to us: 0.2 and 0.2 stand here",
+)  # fmt: skip
+def rlrt(mix: float = 0.5, width: float = 1.0, low: float = 0.2, high: float = 0.2) -> Recipe:
+    """PPO with A [(1 - lambda) + lambda w], w = clip((s / t)^sign(A), 1 - eps, 1 + eps), on right rollouts,
+    with A on others: what the student found without the teacher counts more."""
+    return _credit("rlrt", mix, width, low, high)
+
+
+@method(
+    "Contrastive on-policy self-distillation (RLCSD)", "2606.11709",
+    teacher="weights of ten steps ago; a right and a wrong rollout of the same prompt, in one template",
+    driver=(
+        "context sibling", "context wrong_sibling", "teacher sync", "reward", "advantage", "old_logprob",
+    ),
+    published="tau 0.02, lr 5e-6, 8 rollouts a prompt, 16,384 tokens",
+    scope="data: negative_logprob, log of the mean of t under the wrong rollouts",
+    differs="up to 4 wrong rollouts are averaged as published, the driver reads one; the code's clip of what "
+    "is added, at 2, is never reached by a strength of 0.5",
+)  # fmt: skip
+def rlcsd(
+    tau: float = 0.02, strength: float = 0.5, threshold: float = 0.02, coefficient: float = 1.0,
+    clip: float = 0.2,
+) -> Recipe:  # fmt: skip
+    """PPO with A + r, r = strength tanh((log t_right - log t_wrong) / tau), never of another sign than A, the
+    mean over the tokens with |r| > threshold; plus PPO with A, the mean over the others."""
+    shared = {"tau": tau, "strength": strength}
+    moved, plain = (
+        (Weight("contrast_gate", {**shared, "threshold": threshold, "inside": i}),) for i in (True, False)
+    )
+    options = {"advantage": "rlcsd", "surrogate": "ppo", "low": clip, "high": clip, **shared}
+    contrasted = Term(
+        Estimator("policy_gradient", options), coefficient, weights=moved, normaliser="selected"
+    )
+    return Recipe((contrasted, grpo(low=clip, high=clip, weights=plain, normaliser="selected")))
 
 
 def _credit(advantage: str, mix: float, width: float, low: float, high: float) -> Recipe:

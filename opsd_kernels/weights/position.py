@@ -66,6 +66,17 @@ def position_decay(batch: Batch, *, rate: float, length: int) -> Tensor:
 
 
 @weight
+def prefix_trust(batch: Batch, *, gain: float = 0.5) -> Tensor:
+    """w_i = 1 + gain (1 - sum_{j < i} d_j / sum_j d_j), d = |log t - log s| (IW-OPD, arXiv 2606.22600: 0.5).
+
+    The further a row's prefix has left the teacher, of all that it will, the less its next token weighs.
+    """
+    gap = on_live(batch, (batch.stats.teacher_logprob - batch.stats.student_logprob).abs())
+    before = (gap.cumsum(1) - gap) / (gap.sum(1, keepdim=True) + 1e-8)
+    return on_live(batch, 1 + gain * (1 - before).clamp(0, 1))
+
+
+@weight
 def length_gate(batch: Batch, *, tokens: int = 2048) -> Tensor:
     """0 on rows of more live tokens than this, else 1 (arXiv 2605.11182: 2048)."""
     return chosen(batch, batch.mask.sum(1, keepdim=True) <= tokens)

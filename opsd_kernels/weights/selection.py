@@ -103,6 +103,34 @@ def reward_above(batch: Batch, *, floor: float = -2.558) -> Tensor:
 
 
 @local
+def trust_region(batch: Batch, *, inside: bool = True) -> Tensor:
+    """1 with the probability min(t / s, 1) of the sampled token (TrOPD, arXiv 2606.01249).
+
+    Needs the data's `draw`, as the preparer of that name makes it.
+
+    Args:
+        inside: False for the other tokens, the outliers.
+    """
+    ratio = (batch.stats.teacher_logprob - batch.stats.student_logprob).exp()
+    return chosen(batch, (batch["draw"] < ratio) == inside)
+
+
+@local
+def contrast_gate(
+    batch: Batch, *, tau: float = 0.02, strength: float = 0.5, threshold: float = 0.02, inside: bool = True
+) -> Tensor:
+    """1 where |strength tanh((log t - log t_bad) / tau)| > threshold (RLCSD, arXiv 2606.11709).
+
+    Args:
+        tau: as in the advantage `rlcsd`; `strength` too.
+        threshold: below it right and wrong hints say the same of the token.
+        inside: False for the other tokens.
+    """
+    contrast = batch.stats.teacher_logprob - batch["negative_logprob"]
+    return chosen(batch, (strength * (contrast / tau).tanh().abs() > threshold) == inside)
+
+
+@local
 def likely(batch: Batch, *, floor: float = -5.0) -> Tensor:
     """1[log s >= floor] at the sampled token (RLTF-SD, arXiv 2602.02482: -5)."""
     return chosen(batch, batch.stats.student_logprob >= floor)

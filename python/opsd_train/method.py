@@ -257,9 +257,11 @@ def make_roles(
         if role not in wanted:
             raise ValueError(f"contexts: expected roles among {', '.join(wanted)}; got {role!r}")
     found: dict[str, Context] = {}
+    wrong = next((name for name in named if name.startswith("wrong_")), CONTEXTS["wrong"])
+    defaults = {**CONTEXTS, "wrong": wrong}
     for role in wanted:
         spec = given.get(
-            role, CONTEXTS.get(role, role if role in run.pool else by_order.get(role, "missing"))
+            role, defaults.get(role, role if role in run.pool else by_order.get(role, "missing"))
         )
         if spec == "missing":
             raise ValueError(

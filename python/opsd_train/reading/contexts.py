@@ -263,6 +263,13 @@ def sibling(
 
 
 @context
+def wrong_sibling(known: Known, *, threshold: float = 0.5, template: str = DEMONSTRATION) -> str | None:
+    """An unsuccessful rollout of the same prompt, told as `sibling` tells a success (2606.11709)."""
+    texts = [one.spoken for one in known.siblings if one.reward < threshold and one.spoken.strip()]
+    return known.filled(template, demonstration=texts[0] if texts else None)
+
+
+@context
 def revision(
     known: Known,
     *,
@@ -294,4 +301,4 @@ def critique(known: Known, *, template: str = CRITIQUE) -> str | None:
     return known.filled(template, critique="\n\n".join(parts) if any_said else None)
 
 
-ON_POLICY = frozenset({"wrong_answer", "sibling", "revision", "critique"})
+ON_POLICY = frozenset({"wrong_answer", "sibling", "wrong_sibling", "revision", "critique"})

@@ -48,7 +48,7 @@ class Roles:
     @property
     def needs_siblings(self) -> bool:
         """Whether a context can tell nothing where a prompt has one rollout."""
-        shown = [one.options for one in self.contexts.values() if one.name == "sibling"]
+        shown = [one.options for one in self.contexts.values() if one.name in ("sibling", "wrong_sibling")]
         return any(
             not one.get("own_success") and one.get("with_feedback", "never") == "never" for one in shown
         )
