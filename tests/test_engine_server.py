@@ -69,7 +69,10 @@ def test_a_request_leaves_nothing_to_the_models_generation_defaults(server, tmp_
     engine = make(server.url, tmp_path, student)
     engine.follow(0)
     server.calls.clear()
-    engine.write(PROMPTS, Sampling(0.9, 0.8, 7, 6), (0,))
+    told: list[str] = []
+    with engine.telling(told.append, GREEDY):
+        engine.write(PROMPTS, Sampling(0.9, 0.8, 7, 6), (0,))
+    assert told[-1] == "greedy, 3 of 3 completions"
     (settings,) = {str(body["sampling_params"]) for body in server.asked("/inference/v1/generate")}
     settings = server.asked("/inference/v1/generate")[0]["sampling_params"]
     assert settings["ignore_eos"] is True

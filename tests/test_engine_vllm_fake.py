@@ -56,6 +56,14 @@ def test_completions_come_in_the_order_of_the_prompts_with_their_version(
     assert "seed" not in params
 
 
+def test_finished_requests_are_told(behaviour: Behaviour, tmp_path: Path) -> None:
+    one, told = engine(tmp_path), []
+    one.follow(0)
+    with one.telling(told.append, SAMPLING):
+        one.write(PROMPTS, SAMPLING, (0, 0))
+    assert told == [f"sampled, {done} of 3 completions" for done in (1, 2, 3)]
+
+
 def test_what_vllm_is_started_with(behaviour: Behaviour, tmp_path: Path) -> None:
     engine(tmp_path, tiny_model(max_position_embeddings=80).bfloat16(), seed=9, vllm_kv_cache_gb=0.5)
     options = behaviour.options

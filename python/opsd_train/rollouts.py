@@ -1,14 +1,22 @@
 """The student's rollouts: sampling with `generate`, and the batch in which student and teacher read them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from opsd_kernels.integrations.hf import evaluating
+from opsd_train.engines.base import Advance
 from opsd_train.reading.prompts import Prompt, pad_left, pad_right
 from opsd_train.safety import stops
 
@@ -74,12 +82,13 @@ def generate(
     vocabulary: Vocabulary,
     seed: Sequence[int],
     synced: bool = False,
+    tell: Callable[[Advance], None] | None = None,
 ) -> list[tuple[int, ...]]:
     """Complete every prompt; the result is a function of the weights, the prompts, `sampling` and `seed`.
 
     The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
     distribution that is trained. The global random state is left as it was. With `synced`, every process goes
-    on until the last one is done, as a sharded model needs it.
+    on until the last one is done, as a sharded model needs it. `tell` hears of every token.
 
     Raises:
         Stopped: a signal asked for it, see `stops`.
@@ -93,17 +102,38 @@ def generate(
         for start in range(0, len(prompts), size):
             ids, mask = pad_left(prompts[start : start + size], vocabulary.pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
+            criteria: list[StoppingCriteria] = [stops.StopRequested()]
+            if tell is not None:
+                criteria.append(_Telling(tell, Advance(start, len(prompts)), ids.shape[1]))
             sequences = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([stops.StopRequested()]),
+                stopping_criteria=StoppingCriteriaList(criteria),
                 synced_gpus=synced,
             )
             stops.check()
             for tokens in sequences[:, ids.shape[1] :].tolist():
                 completions.append(until_end(tokens, vocabulary.eos_ids))
     return completions
+
+
+class _Telling(StoppingCriteria):
+    """Ends nothing, and tells of every token.
+
+    Args:
+        tell: hears of it.
+        before: what was written when the batch began.
+        prompt: tokens of the padded prompts.
+    """
+
+    def __init__(self, tell: Callable[[Advance], None], before: Advance, prompt: int) -> None:
+        self.tell, self.before, self.prompt = tell, before, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[rows] bool."""
+        self.tell(replace(self.before, at=input_ids.shape[1] - self.prompt))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def until_end(tokens: Sequence[int], eos_ids: Sequence[int]) -> tuple[int, ...]:

@@ -235,6 +235,8 @@ def _train(trainer: OPSDTrainer, journal: Journal | None, console: Console) -> N
         trainer.add_callback(_Begin(trainer, journal))
         trainer.add_callback(MissedEvaluation(trainer, written))
     seen = None
+    if progress is not None:
+        trainer.told = progress.told
     if journal is not None:
         trainer.add_callback(seen := TrendsCallback(console, journal.written))
         journal.info["warnings"] = seen.told
@@ -252,7 +254,8 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
     """Measure the student as it is: accuracy on the held-out rows, and a few rollouts token by token."""
     step = trainer.state.global_step
     what = f"{len(trainer.held_out):,} held-out problems" if trainer.held_out else "a few rollouts"
-    with doing(console, f"step {step}: evaluating {what}"):
+    with doing(console, f"step {step}: evaluating {what}") as told:
+        trainer.told = told
         if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
             trainer.evaluate()
         if (

@@ -1,6 +1,7 @@
 """What every engine that writes rollouts does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,39 @@ class Completion:
     version: int = 0
 
 
+@dataclass(frozen=True)
+class Advance:
+    """How far a call of `write` has come.
+
+    Args:
+        done: completions that are written.
+        of: so many.
+        at: tokens of those that are under way, where they are written in step; else 0.
+    """
+
+    done: int
+    of: int
+    at: int = 0
+
+    def __str__(self) -> str:
+        under_way = f", the next at token {self.at:,}" if self.at else ""
+        return f"{self.done:,} of {self.of:,} completions{under_way}"
+
+
 class Engine:
     """Writes completions with the student's weights of the last `follow`."""
+
+    tell: Callable[[Advance], None] | None = None  # is called often while completions are written
+
+    @contextmanager
+    def telling(self, told: Callable[[str], None], sampling: "Sampling") -> Iterator[None]:
+        """Inside, how far a call of `write` has come is told in words."""
+        how = "sampled" if sampling.temperature > 0 else "greedy"
+        self.tell = lambda advance: told(f"{how}, {advance}")
+        try:
+            yield
+        finally:
+            self.tell = None
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: "Sampling", seed: Sequence[int]

@@ -20,6 +20,7 @@ from opsd_train.redaction import redacted_url
 from opsd_train.safety import stops
 
 LOOK = 1.0  # seconds between two looks for a signal
+Heed = Callable[[int], None]  # hears at each of them how many calls are done
 
 
 class ServerClient:
@@ -82,7 +83,7 @@ class ServerClient:
         Raises:
             Stopped: a signal asked for it, see `stops`.
         """
-        return self._whole("POST", path, bodies, concurrency, self.patience.request, quiet, heed=True)
+        return self._whole("POST", path, bodies, concurrency, self.patience.request, quiet, _ignored)
 
     def _whole(
         self,
@@ -92,7 +93,7 @@ class ServerClient:
         concurrency: int,
         seconds: float,
         quiet: float = math.inf,
-        heed: bool = False,
+        heed: Heed | None = None,
     ) -> list[Any]:
         def one(body: Any, beat: "_Beat") -> Any:
             with beat.exchange(self, self._exchange(method, path, seconds), body) as exchange:
@@ -100,8 +101,16 @@ class ServerClient:
 
         return self._each(one, bodies, concurrency, quiet, heed)
 
-    def stream_all(self, path: str, bodies: Sequence[Any], concurrency: int) -> list[list[Any]]:
+    def stream_all(
+        self, path: str, bodies: Sequence[Any], concurrency: int, heed: Heed | None = None
+    ) -> list[list[Any]]:
         """The events that the server streams for each request; some event has to come in `stall` seconds.
+
+        Args:
+            path: on the server.
+            bodies: of the requests.
+            concurrency: requests under way at once.
+            heed: is told now and then how many have been answered.
 
         Raises:
             Stopped: a signal asked for it, see `stops`.
@@ -116,7 +125,7 @@ class ServerClient:
                     found.append(event)
             return found
 
-        return self._each(one, bodies, concurrency, self.patience.answer, heed=True)
+        return self._each(one, bodies, concurrency, self.patience.answer, heed or _ignored)
 
     def healthy(self, timeout: float) -> str | None:
         """None if the server says that it is well, else what is wrong."""
@@ -151,11 +160,11 @@ class ServerClient:
         bodies: Sequence[Any],
         concurrency: int,
         quiet: float,
-        heed: bool = False,
+        heed: Heed | None = None,
     ) -> list[Any]:
         """Run the calls beside each other; the first error, or silence, ends all of them.
 
-        So does a signal that asks the run to stop, if `heed`.
+        So does a signal that asks the run to stop, if there is a `heed`.
         """
         beat = _Beat()
         watcher = threading.Thread(target=self._watch, args=(beat, quiet), daemon=True)
@@ -174,12 +183,14 @@ class ServerClient:
             watcher.join()
 
     @staticmethod
-    def _await(calls: Sequence[Future[Any]], heed: bool) -> None:
+    def _await(calls: Sequence[Future[Any]], heed: Heed | None) -> None:
         """Until all of them are done, or one failed."""
         pending: set[Future[Any]] = set(calls)
         while pending and not any(call.done() and call.exception() for call in calls):
-            pending = wait(pending, timeout=LOOK if heed else None, return_when=FIRST_EXCEPTION).not_done
-            if heed:
+            seconds = None if heed is None else LOOK
+            pending = wait(pending, timeout=seconds, return_when=FIRST_EXCEPTION).not_done
+            if heed is not None:
+                heed(len(calls) - len(pending))
                 stops.check()
 
     def _watch(self, beat: "_Beat", quiet: float) -> None:
@@ -198,6 +209,10 @@ class ServerClient:
                     f"vLLM server at {self.url}: stalled, it answers /health but has written no token for "
                     f"{beat.silent:.0f} s"
                 )
+
+
+def _ignored(done: int) -> None:
+    """Nobody asked."""
 
 
 class _Beat:

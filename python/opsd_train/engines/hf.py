@@ -39,17 +39,18 @@ class HFEngine(Engine):
     ) -> list[Completion]:
         """A function of the weights, the prompts, `sampling` and `seed`."""
         if not is_sharded(self.student):
-            written = generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed)
+            written = self._generated(prompts, sampling, seed)
         else:  # all processes make every pass, those that are done too, until the last one is
             written = through(
-                [(self.student, self.student)], lambda: self._synchronised(prompts, sampling, seed)
+                [(self.student, self.student)], lambda: self._generated(prompts, sampling, seed, synced=True)
             )
         return [Completion(tokens, version=self.version) for tokens in written]
 
-    def _synchronised(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int]
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: Sequence[int], synced: bool = False
     ) -> list[tuple[int, ...]]:
-        return generate(causal_lm(self.student), prompts, sampling, self.vocabulary, seed, synced=True)
+        model = causal_lm(self.student)
+        return generate(model, prompts, sampling, self.vocabulary, seed, synced, self.tell)
 
     def follow(self, version: int) -> None:
         """The weights are here already."""

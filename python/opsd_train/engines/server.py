@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
-from opsd_train.engines.base import Completion, Engine, EngineError
+from opsd_train.engines.base import Advance, Completion, Engine, EngineError
 from opsd_train.engines.client import ServerClient
 from opsd_train.engines.handshake import GENERATE, ServedModel, check_sampled, keeps_own_head, look_at
 from opsd_train.engines.launch import ChildServer, Launch
@@ -89,7 +89,10 @@ class ServerEngine(Engine):
             }
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
-        streams = self.client.stream_all(GENERATE, bodies, self.settings.concurrency)
+        tell = self.tell or (lambda advance: None)
+        streams = self.client.stream_all(
+            GENERATE, bodies, self.settings.concurrency, lambda done: tell(Advance(done, len(bodies)))
+        )
         return [self._completion(events, sampling.max_tokens) for events in streams]
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_train.backbone import causal_lm
 from opsd_train.config import OPSDConfig
-from opsd_train.engines.base import Completion, Engine, EngineError
+from opsd_train.engines.base import Advance, Completion, Engine, EngineError
 from opsd_train.engines.installed import installed
 from opsd_train.engines.surroundings import determined, undisturbed
 from opsd_train.engines.watchdog import Beat, Watchdog, end_processes
@@ -161,6 +161,8 @@ class VLLMEngine(Engine):
                 if output.finished:
                     found[output.request_id] = self._completion(output.outputs[0])
             beat()
+            if self.tell is not None:
+                self.tell(Advance(len(found), len(prompts)))
             stops.check()
         if len(found) != len(prompts):
             raise EngineError(f"rollouts: expected {len(prompts)} completions of vLLM, got {len(found)}")

@@ -3,11 +3,12 @@
 import dataclasses
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from opsd_train.config import OPSDConfig
+from opsd_train.engines.base import Engine
 from opsd_train.evaluation.examine import Exam, Findings, to_metrics
 from opsd_train.evaluation.matched import missed
 from opsd_train.evaluation.verify import Verifier
@@ -27,7 +28,9 @@ class Examined(Trainer):
     held_out: Sequence[Prompt]
     validation: Sequence[Prompt]
     engine_behind: bool
+    engine: Engine
     was_evaluated = False
+    told: Callable[[str], None] | None = None  # hears how far an evaluation has come
 
     def roll_out(
         self, prompts: Sequence[Prompt], sampling: Sampling, stream: tuple[int, int]
@@ -56,7 +59,14 @@ class Examined(Trainer):
         sampling = dataclasses.replace(self.sampling, batch_size=self.config.per_device_eval_batch_size)
         exam = Exam(self.judge, self.tokenizer, sampling, self.config.eval_samples, self.config.to_ks())
         stream = (EVALUATION, self.state.global_step)
-        return exam.hold(lambda asked, drawn: self.roll_out(asked, drawn, stream), prompts)
+
+        def write(asked: Sequence[Prompt], drawn: Sampling) -> list[Rollout]:
+            if self.told is None:
+                return self.roll_out(asked, drawn, stream)
+            with self.engine.telling(self.told, drawn):
+                return self.roll_out(asked, drawn, stream)
+
+        return exam.hold(write, prompts)
 
     def _warn_of_match(self, found: Findings) -> None:
         """Warn, at the first evaluation, of completions that are right but for how they are compared."""

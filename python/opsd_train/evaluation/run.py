@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -88,8 +88,8 @@ def evaluate(request: Request, out: Path, console: Console) -> Evaluation:
     check_head(student, prompts[0].student_ids)
     student.to(config.device)
     started = time.perf_counter()
-    with doing(console, f"{len(prompts):,} problems, {config.eval_samples} samples each"):
-        findings, versions = _hold(config, student, tokenizer, prompts)
+    with doing(console, f"{len(prompts):,} problems, {config.eval_samples} samples each") as told:
+        findings, versions = _hold(config, (student, tokenizer), prompts, told)
     seconds = time.perf_counter() - started
     found = findings.evaluation(0)
     about = {"model": model, "data": "opsd demo" if request.demo else options.eval_data, "seconds": seconds}
@@ -166,9 +166,13 @@ def _encoded(
 
 
 def _hold(
-    config: OPSDConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+    config: OPSDConfig,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    prompts: list[Prompt],
+    told: Callable[[str], None],
 ) -> tuple[Findings, dict[str, str]]:
-    """What was found, and the versions of what wrote."""
+    """What was found, and the versions of what wrote; `told` hears how far it has come."""
+    student, tokenizer = loaded
     sampling = Sampling(
         config.temperature,
         config.top_p,
@@ -180,7 +184,8 @@ def _hold(
     engine = make_engine(config, student, tokenizer, vocabulary)
 
     def write(asked: Sequence[Prompt], drawn: Sampling) -> list[Rollout]:
-        written = engine.write([prompt.student_ids for prompt in asked], drawn, (config.seed, 1, 0))
+        with engine.telling(told, drawn):
+            written = engine.write([prompt.student_ids for prompt in asked], drawn, (config.seed, 1, 0))
         return [
             Rollout(prompt, one.tokens, one.tokens[-1] not in vocabulary.eos_ids, one.logprobs, one.version)
             for prompt, one in zip(asked, written, strict=True)

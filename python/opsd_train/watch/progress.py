@@ -1,6 +1,7 @@
 """What a person sees while a run goes on, and the callback that writes the run folder."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +29,7 @@ SHOWN_CLIPPED = {
     "clipped_fraction": "clips take {:.0%}",
     "loss": "clipped loss {:.3f}",
 }
+REDRAWN, PRINTED = 0.2, 30.0  # seconds between two words on how far something has come
 TIMES = {f"{name}_seconds": f"{name} {{:.2f}}" for name in PHASES}
 
 
@@ -48,15 +50,43 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class NowAndThen:
+    """Passes on what it is told, but not more often than every so many seconds.
+
+    Args:
+        show: what is passed on.
+        every: seconds.
+        at_once: the first word too, which else waits as long.
+    """
+
+    def __init__(self, show: Callable[[str], None], every: float, at_once: bool) -> None:
+        self.show, self.every = show, every
+        self.last = time.monotonic() - every * at_once
+
+    def wait(self) -> None:
+        """The next word is passed on after the seconds from now."""
+        self.last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Pass it on, if it is time."""
+        now = time.monotonic()
+        if now - self.last >= self.every:
+            self.last = now
+            self.show(text)
+
+
 @contextmanager
-def doing(console: Console, text: str) -> Iterator[None]:
-    """Say what is done inside: a status that goes again in a terminal, a line elsewhere."""
+def doing(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Say what is done inside: a status that goes again in a terminal, lines elsewhere.
+
+    Yields what may be told, as often as one likes, how far it has come.
+    """
     if console.is_terminal:
-        with console.status(text):
-            yield
+        with console.status(text) as status:
+            yield NowAndThen(lambda told: status.update(f"{text}: {told}"), REDRAWN, True)
     else:
         say(console, f"{text} ...")
-        yield
+        yield NowAndThen(lambda told: say(console, f"{text}: {told}"), PRINTED, False)
 
 
 def make_progress(console: Console) -> "ProgressCallback | LineCallback":
@@ -68,7 +98,18 @@ class LineCallback(TrainerCallback):
     """A plain line per logged step and per evaluation, for output that nobody sees redrawn."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console, self.step = console, 0
+        self.told = NowAndThen(self._evaluating, PRINTED, False)  # of an evaluation on the way
+
+    def _evaluating(self, told: str) -> None:
+        say(self.console, f"step {self.step}: evaluating: {told}")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation, if there is one now, begins here."""
+        self.step = state.global_step
+        self.told.wait()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,6 +148,10 @@ class ProgressCallback(TrainerCallback):
             TimeElapsedColumn(),
             console=console,
         )
+        self.told = NowAndThen(self._evaluating, REDRAWN, True)  # of an evaluation on the way
+
+    def _evaluating(self, told: str) -> None:
+        self.bar.below = f"evaluating: {told}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,6 +180,7 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Print the accuracy above the bar, where it stays."""
+        self.bar.below = ""
         say(self.bar.console, _evaluated(kwargs["metrics"], state.global_step))
 
     def on_train_end(
