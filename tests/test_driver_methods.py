@@ -16,6 +16,7 @@ from opsd_kernels.methods.needs import columns
 from opsd_train.data.rows import load_rows
 from opsd_train.evaluation.verify import Verifier
 from opsd_train.method import MethodRun
+from opsd_train.reading.prompts import Encoder
 from opsd_train.train import make_trainer
 from opsd_train.trainer import OPSDTrainer
 
@@ -167,6 +168,43 @@ def test_an_option_moves_with_the_step(tmp_path: Path) -> None:
     assert trainer.method is not None
     found = [trainer.method.recipe(step).terms[1].coefficient for step in (0, 1, 4, 9)]
     assert found == [0.5, 0.375, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "published"),
+    [
+        ("cepo", (0, 10, 25, 40), (0.5, 0.3, 0.0, 0.0)),
+        ("rlsd", (0, 10, 25, 50), (0.5, 0.4, 0.25, 0.0)),
+    ],
+)
+def test_lambda_falls_as_published(
+    tmp_path: Path, method: str, steps: tuple[int, ...], published: tuple[float, ...]
+) -> None:
+    """Unless the run names a value, or a schedule, of its own."""
+
+    def mixes(**settings: Any) -> list[float]:
+        run = tiny_config(tmp_path, method=method, num_generations=2, **settings).to_method(
+            Encoder(TOKENIZER, 64, 64)
+        )
+        assert run is not None
+        return [run.recipe(step).terms[0].loss.options["mix"] for step in steps]  # type: ignore[union-attr]
+
+    assert mixes() == pytest.approx(published)
+    assert mixes(method_options={"mix": 0.4}) == [0.4] * 4
+    own = {"mix": {"start": 1.0, "end": 0.0, "steps": 50}}
+    assert mixes(method_schedule=own) == pytest.approx([1 - min(step, 50) / 50 for step in steps])
+
+
+def test_reopold_s_second_phase_and_trace_s_end_come_by_themselves(tmp_path: Path) -> None:
+    encoder = Encoder(TOKENIZER, 64, 64)
+    run = tiny_config(tmp_path, method="reopold").to_method(encoder)
+    assert run is not None
+    kept = [run.recipe(step).terms[0].weights[0].name for step in (0, 49, 50, 500)]
+    assert kept == ["reward_above", "reward_above", "top_entropy", "top_entropy"]
+    run = tiny_config(tmp_path, method="trace", num_generations=2).to_method(encoder)
+    assert run is not None
+    for step, strength in ((0, 0.5), (10, 0.5), (25, 0.25), (40, 0.0)):
+        assert run.recipe(step) == methods.recipe("trace", strength=strength)
 
 
 def test_an_annotator_makes_the_columns_that_nobody_else_can(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from opsd_kernels import get_method
 from opsd_train.commands.main import app
 from opsd_train.demo.run import MODEL
 from opsd_train.demo.task import train_problems
@@ -49,6 +50,9 @@ def test_opsd_train(tmp_path: Path, method: str) -> None:
     arguments = ["--model", str(MODEL), "--data", str(data), "--config", str(config), "--out"]
     result = CliRunner().invoke(app, ["train", *arguments, str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert f"published with: {get_method(method).teacher}" in said
+    assert ("mix goes from 0.5 to 0 in 25 steps" in said) == (method == "cepo")
     run = load_run(tmp_path / "run")
     assert run.info["method"] == method
     losses = [line["loss"] for line in run.metrics if "loss" in line]

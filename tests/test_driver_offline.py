@@ -153,6 +153,8 @@ def test_nothing_is_generated_and_no_teacher_read(tmp_path: Path, monkeypatch: p
         ({"method": None}, "offline: expected a method; got none"),
         ({"method": "opsd"}, "offline: expected a method whose teacher is known .*'opsd' needs a live one"),
         ({"method": "demopsd"}, "offline: expected a method with a single teacher .*'demopsd' needs"),
+        # The student's most likely entries, of which a cache cannot know the teacher's log-probs.
+        ({"method": "opd_topk_sg"}, "known .* at its 4 most likely ones .*'opd_topk_sg' needs a live one"),
         ({"method": "skill_sd", "teacher": "ema"}, "offline: expected teacher 'initial', .*; got 'ema'"),
         ({"contexts": {"teacher": "plain"}}, "offline: expected contexts {}, since the cache holds"),
         ({"horizon": {"name": "share"}}, "offline: expected horizon {}"),

@@ -39,7 +39,8 @@ def dgrpo(coefficient: float = 1.0) -> Recipe:
     teacher="moving average (0.05 a step), the question's construction path",
     driver=("context full_solution", "teacher ema", "reward", "advantage", "old_logprob", "reference"),
     published="3 rounds of 50 steps, over which the coefficient decays",
-    differs="neither coefficient is known to us: 1 for the teacher and 0 for the reference stand here",
+    differs="neither coefficient is known to us: 1 for the teacher, which stays, and 0 for the reference "
+    "stand here",
 )  # fmt: skip
 def pi_play(coefficient: float = 1.0, kl: float = 0.0) -> Recipe:
     """GRPO + coefficient KL(s || t) + kl times k3 to b, the means of sequences' means."""

@@ -104,7 +104,7 @@ def eopd(
     teacher="a larger model",
     driver=("teacher model",),
     published="lambda 0.1; phase 1 up to step 50",
-    scope="the step at which the phases change is the driver's",
+    schedule={"phase": {"start": 1, "end": 2, "steps": 1, "hold": 49}},
 )  # fmt: skip
 def reopold(phase: int = 1, mixing: float = 0.1, share: float = 0.2) -> Recipe:
     """-sum M max(R, floor) log s / sum M, R = log t - log s, floor = log(lambda) / (1 - lambda). M is 1

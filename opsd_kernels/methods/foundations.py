@@ -184,6 +184,7 @@ def veto(beta: float = 0.5, divergence: str = "forward_kl") -> Recipe:
     teacher="another model, or the same weights with the solution",
     driver=("teacher model", "reward"),
     published="forward KL, then reverse KL",
+    differs="when one follows the other is not known to us: the forward KL stays here",
 )  # fmt: skip
 def paced(divergence: str = "forward_kl") -> Recipe:
     """KL(t || s) weighted by p (1 - p), p the share of right rollouts of the prompt."""

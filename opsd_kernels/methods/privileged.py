@@ -74,6 +74,7 @@ def pw_opsd(
     "strong base (8B) has key spans only, the weak one (1.7B) error spans only",
     scope="the annotation of spans is the driver's: 1 key, in right rollouts only; 2 error, in wrong ones "
     "only",
+    schedule={"strength": {"start": 0.5, "end": 0.0, "steps": 30, "hold": 10}},
 )  # fmt: skip
 def trace(
     strength: float = 0.5, initial: float = 0.5, key_spans: float = 1.0, error_spans: float = 0.0,

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opsd_kernels.recipes import Recipe
@@ -31,6 +31,8 @@ class Method:
         differs: where paper and published code differ, and which option says so.
         library: what the driver cannot supply, so that only the library minimises it; empty if it can.
         alone: options with which it needs none of that; None if there are none.
+        schedule: options that change with the step as published -> the arguments of `schedules.linear`, which
+            the driver follows unless it is told another value or schedule.
 
     The test that pins it is `test_<key>` in `tests/test_methods_<module>.py`.
     """
@@ -46,6 +48,7 @@ class Method:
     differs: str = ""
     library: str = ""
     alone: Mapping[str, Any] | None = None
+    schedule: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -81,6 +84,7 @@ _METHODS: dict[str, Method] = {}
 def method(
     title: str, arxiv: str, *, teacher: str, driver: tuple[str, ...] = (), published: str = "",
     scope: str = "", differs: str = "", library: str = "", alone: Mapping[str, Any] | None = None,
+    schedule: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:  # fmt: skip
     """Decorator that puts a function into the table under its own name; see `Method` for the arguments."""
 
@@ -89,7 +93,18 @@ def method(
         if key in _METHODS:
             raise ValueError(f"method: expected a name of its own; got {key!r} twice")
         _METHODS[key] = Method(
-            key, title, arxiv, teacher, build, driver, published, scope, differs, library, alone
+            key,
+            title,
+            arxiv,
+            teacher,
+            build,
+            driver,
+            published,
+            scope,
+            differs,
+            library,
+            alone,
+            schedule or {},
         )
         return build
 

@@ -167,6 +167,7 @@ def listopd(coefficient: float | None = None) -> Recipe:
     teacher="another model",
     driver=("teacher model", "horizon"),
     published="H0 + dH floor(step / dk) tokens, at most T; ESR (arXiv 2605.27028) stops at 100",
+    differs="H0, dH and dk are not known to us: 100 tokens stand here, and --horizon makes them grow",
 )  # fmt: skip
 def popd(tokens: int | None = 100) -> Recipe:
     """REINFORCE of log t - log s on a rollout's first tokens; None: the driver ends rollouts."""

@@ -1,5 +1,6 @@
 """The tables of the methods as Markdown, made from their entries."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from opsd_kernels.methods.registry import Method, get_method, names
@@ -49,9 +50,19 @@ def _row(method: Method) -> list[str]:
 
 
 def state_of(method: Method) -> str:
-    """The state of a method with its own options, and what has to be supplied."""
+    """The state of a method with its own options, what has to be supplied, and what changes with the step."""
     found = supplies(method.key)
-    return f"{found.state}: {'; '.join(found.words)}" if found.words else found.state
+    parts = [*found.words, *schedule_of(method.schedule)]
+    return f"{found.state}: {'; '.join(parts)}" if parts else found.state
+
+
+def schedule_of(schedule: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Each option that changes with the step, in words."""
+    return [
+        f"{name} goes from {spec['start']:g} to {spec['end']:g} in {spec['steps']} steps"
+        + (f" after {spec['hold']}" if spec.get("hold") else "")
+        for name, spec in schedule.items()
+    ]
 
 
 def describe(term: Term) -> str:

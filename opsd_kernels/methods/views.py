@@ -92,7 +92,8 @@ def purified_opsd(c: float | None = 10.0, beta: float = 1.0, jsd: float = 0.5) -
         "context answer_only", "context wrong_answer", "teacher live", "reward", "advantage", "old_logprob",
     ),
     published="lambda 0.5, linear to 0 over 25 steps; lr 5e-6, 8 rollouts, LoRA 16",
-    scope="the schedule of lambda is the driver's; data: negative_logprob",
+    scope="data: negative_logprob",
+    schedule={"mix": {"start": 0.5, "end": 0.0, "steps": 25}},
 )  # fmt: skip
 def cepo(mix: float = 0.5, width: float = 0.2, low: float = 0.2, high: float = 0.28) -> Recipe:
     """PPO with A [(1 - lambda) + lambda w], w = clip((t_right / t_wrong)^sign(A), 1 - eps, 1 + eps)."""
@@ -104,7 +105,7 @@ def cepo(mix: float = 0.5, width: float = 0.2, low: float = 0.2, high: float = 0
     teacher="live weights, full solution",
     driver=("context full_solution", "teacher live", "reward", "advantage", "old_logprob"),
     published="lambda 0.5, linear to 0 over 50 steps",
-    scope="the schedule of lambda is the driver's",
+    schedule={"mix": {"start": 0.5, "end": 0.0, "steps": 50}},
 )  # fmt: skip
 def rlsd(mix: float = 0.5, width: float = 0.2, low: float = 0.2, high: float = 0.2) -> Recipe:
     """PPO with A [(1 - lambda) + lambda w], w = clip((t / s)^sign(A), 1 - eps, 1 + eps): the reward says

@@ -33,7 +33,7 @@ class MethodConfig:
     method_schedule: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "JSON for options that change with the step, say "
+            "help": "JSON for options that change with the step, in place of those that do as published, say "
             '{"coefficient": {"start": 0.5, "end": 0, "steps": 30, "hold": 10}}.'
         },
     )
@@ -139,7 +139,7 @@ class MethodConfig:
         run = MethodRun(
             key=self.method,
             options=self._options,
-            schedules=dict(self.method_schedule or {}),  # type: ignore[arg-type]
+            schedules=self.schedules,
             pool=pool,
             encoder=encoder,
             verifier=Verifier.named(self._verifier_name),
@@ -154,6 +154,15 @@ class MethodConfig:
         run = run.with_roles(make_roles(run, contexts, self._templates, other_model))
         self._check_groups(run)
         return run
+
+    @property
+    def schedules(self) -> dict[str, Any]:
+        """Options that change with the step: the run's, and as published those that it says nothing of."""
+        if self.method is None:
+            return {}
+        published = get_method(self.method).schedule
+        own = {name: spec for name, spec in published.items() if name not in self._options}
+        return own | dict(self.method_schedule or {})  # type: ignore[arg-type]
 
     @property
     def _options(self) -> dict[str, Any]:

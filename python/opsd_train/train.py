@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from opsd_kernels import get_method
+from opsd_kernels.methods.table import schedule_of
 from opsd_train.backbone import embeddings_of, positions_of
 from opsd_train.config import OPSDConfig
 from opsd_train.data.quarantine import Refuse, stop
@@ -152,9 +153,10 @@ def run(
         ending.callback(trainer.engine.close)
         journal = trainer.ranks.first(lambda: _journal(trainer, about, existing))
         if config.method is not None:
+            moving = "".join(f"; {words}" for words in schedule_of(config.schedules))
             console.print(
                 f"method {config.method}: the teacher's weights are {config.to_teacher()} (--teacher); "
-                f"published with: {get_method(config.method).teacher}",
+                f"published with: {get_method(config.method).teacher}{moving}",
                 highlight=False,
                 markup=False,
             )
