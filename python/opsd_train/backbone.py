@@ -12,10 +12,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from opsd_kernels import Hidden, LogLinear
 from opsd_kernels.backends import reference
 from opsd_kernels.integrations import hf
-from opsd_kernels.integrations.hf import backbone_of, causal_lm, head_of
+from opsd_kernels.integrations.hf import backbone_of, causal_lm, evaluating, head_of
+from opsd_train.padding import moved_behind, note_padding, reads_padding
 from opsd_train.reading.prompts import Prompt
 
 CHECKED = 16  # tokens of a prompt that `check_head` reads
+PADDED = 8  # columns of padding before two tokens: what a recurrent model read first fades with more
 
 
 def completion_hidden(
@@ -25,7 +27,7 @@ def completion_hidden(
 
     Those run from the last token of the prompt to the completion's last but one, which is why the last column
     is never fed to the model. Only the backbone runs, no logits are formed. Padding on the left does not
-    count towards a token's position.
+    count towards a token's position; a model that would read it gets it behind the rows, see `padding`.
 
     Args:
         model: a causal language model, or PEFT's wrapper of one.
@@ -34,11 +36,17 @@ def completion_hidden(
         length: columns of the completions.
     """
     backbone = backbone_of(model)
-    mask = attention_mask[:, :-1]
-    inputs: dict[str, Any] = {"input_ids": input_ids[:, :-1], "attention_mask": mask, "use_cache": False}
+    ids, mask, back = input_ids[:, :-1], attention_mask[:, :-1], None
+    if reads_padding(model):
+        there, back = moved_behind(mask)
+        ids, mask = ids.gather(1, there), mask.gather(1, there)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return backbone(**inputs).last_hidden_state[:, -length:]
+    hidden: torch.Tensor = backbone(**inputs).last_hidden_state
+    if back is None:
+        return hidden[:, -length:]
+    return hidden.take_along_dim(back[:, -length:, None], dim=1)
 
 
 def head_source(model: torch.nn.Module, hidden: torch.Tensor) -> Hidden:
@@ -65,8 +73,10 @@ def logits(source: Hidden | LogLinear, start: int = 0, end: int | None = None) -
 def check_head(model: torch.nn.Module, prompt: tuple[int, ...]) -> None:
     """Raise ValueError unless `head_source` over `completion_hidden` is what the model itself computes.
 
-    Tried on the beginning of one prompt, see `opsd_kernels.integrations.hf.check_head`.
+    Tried on the beginning of one prompt, see `opsd_kernels.integrations.hf.check_head`, and on padding, see
+    `check_padding`.
     """
+    check_padding(model)
     ids = torch.tensor([prompt[:CHECKED]], device=causal_lm(model).device)
     head_source(model, torch.empty(0))  # an adapter on the head is named before anything is computed
 
@@ -75,6 +85,25 @@ def check_head(model: torch.nn.Module, prompt: tuple[int, ...]) -> None:
         return completion_hidden(model, follow, torch.ones_like(follow), ids.shape[1])
 
     hf.check_head(model, ids, states)
+
+
+@torch.no_grad()
+def check_padding(model: torch.nn.Module) -> None:
+    """Compare a row padded on the left with itself alone; from then on a model that differs reads no padding.
+
+    The last hidden states have to agree in half of the digits of the model's dtype. Some recurrent models
+    take an attention mask and ignore it; what then becomes of padding is `padding`'s concern.
+    """
+    inner = causal_lm(model)
+    note_padding(model, False)
+    first, second, pad = torch.linspace(0, embeddings_of(model) - 1, 5).long().tolist()[1:4]
+    ids = torch.tensor([[pad] * PADDED + [first, second, second]], device=inner.device)
+    mask = (torch.arange(ids.shape[1], device=inner.device) >= PADDED).long()[None]
+    with evaluating(model):
+        padded = completion_hidden(model, ids, mask, 1).float()
+        alone = completion_hidden(model, ids[:, PADDED:], mask[:, PADDED:], 1).float()
+    bound = torch.finfo(inner.dtype).eps ** 0.5 * alone.norm()
+    note_padding(model, bool((padded - alone).norm() > bound))
 
 
 def positions_of(model: torch.nn.Module) -> int | None:

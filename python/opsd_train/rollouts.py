@@ -17,6 +17,7 @@ from transformers import (
 
 from opsd_kernels.integrations.hf import evaluating
 from opsd_train.engines.base import Advance
+from opsd_train.padding import reads_padding
 from opsd_train.reading.prompts import Prompt, pad_left, pad_right
 from opsd_train.safety import stops
 
@@ -88,15 +89,24 @@ def generate(
 
     The model's own generation defaults (a repetition penalty, say) do not apply: rollouts come from the very
     distribution that is trained. The global random state is left as it was. With `synced`, every process goes
-    on until the last one is done, as a sharded model needs it. `tell` hears of every token.
+    on until the last one is done, as a sharded model needs it. `tell` hears of every token. A model that
+    reads padding completes one prompt at a time.
 
     Raises:
+        ValueError: a model that reads padding is sharded: its processes would make different passes.
         Stopped: a signal asked for it, see `stops`.
     """
     if not prompts:
         return []
+    alone = reads_padding(model)
+    if alone and synced:
+        raise ValueError(
+            f"model: expected one that is not sharded, since {type(model).__name__} ignores the attention "
+            "mask and reads padding on the left; train it whole, or let another engine write"
+        )
     config = _generation_config(sampling, vocabulary)
-    size = sampling.batch_size or len(prompts)
+    # Not in groups of one length: transformers' RWKV mixes the states of rows that it continues together.
+    size = 1 if alone else sampling.batch_size or len(prompts)
     completions: list[tuple[int, ...]] = []
     with evaluating(model), _only(model, config), seeded(model.device, seed):
         for start in range(0, len(prompts), size):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_kernels import Hidden, LogLinear, TopK
 from opsd_train.adapters import ADAPTED, add_frozen_copy
-from opsd_train.backbone import causal_lm, completion_hidden, head_source
+from opsd_train.backbone import causal_lm, check_padding, completion_hidden, head_source
 from opsd_train.loading import load
 from opsd_train.rollouts import evaluating
 from opsd_train.safety import stops
@@ -299,4 +299,6 @@ def load_teacher(
             f"teacher_model: expected a tokenizer with the student's vocabulary at {path!r}; "
             f"got {len(own.get_vocab())} tokens that are not the student's {len(tokenizer.get_vocab())}"
         )
-    return model.to(inner.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    model.to(inner.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    check_padding(model)
+    return model
