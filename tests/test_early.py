@@ -109,8 +109,14 @@ def opsd(*words: str) -> tuple[int, str, float]:
         (("train", "--model", "a/b/c", "--data", "x"), "model: expected a local folder or a hub id"),
         (("train", "--model", str(MODEL), "--data", "{tmp}/none.jsonl"), "none.jsonl, which does not exist"),
         (("eval", "--model", str(MODEL), "--data", "{tmp}/empty.jsonl"), "expected at least one row in"),
-        (("check", "{tmp}/broken.jsonl"), "broken.jsonl line 2: expected a JSON object, got"),
-        (("check", "{tmp}/broken.csv"), "broken.csv line 2: expected 2 cells, got 1"),
+        (
+            ("train", "--model", str(MODEL), "--data", "{tmp}/broken.jsonl"),
+            "broken.jsonl line 2: expected a JSON",
+        ),
+        (
+            ("train", "--model", str(MODEL), "--data", "{tmp}/broken.csv"),
+            "broken.csv line 2: expected 2 cells, got 1",
+        ),
         (
             ("train", "--config", "{tmp}/run.yaml"),
             "run.yaml: unknown option max_step; did you mean max_steps?",

@@ -32,7 +32,7 @@ def check(
     """
     given = [f"--data={data}", f"--model={model or ''}", *context.args]
     with user_errors():
-        early.check(given, preset=preset, config=config)
+        early.check(given, preset=preset, config=config, bad_rows=True)
     from opsd_train.commands.options import layers, parse
     from opsd_train.config import OPSDConfig
     from opsd_train.data.check import check as check_data

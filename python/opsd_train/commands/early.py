@@ -1,6 +1,6 @@
 """What is found to be wrong before packages are imported that take seconds: options, paths, rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ def check(
     kinds: Sequence[str] = option_names.KINDS,
     preset: str | None = None,
     config: Path | None = None,
+    bad_rows: bool = False,
 ) -> None:
     """Raise the ValueError that the command would end with later, as far as it needs no model.
 
@@ -27,6 +28,7 @@ def check(
         kinds: the dataclasses that have the options.
         preset: name of one whose options count first.
         config: YAML file whose options count next.
+        bad_rows: whether the command itself tells which rows are bad.
     """
     known = option_names.options(kinds)
     given: dict[str, Any] = {}
@@ -39,7 +41,7 @@ def check(
             _check_model(name, str(given[name]))
     for name in ("data", "eval_data"):
         if given.get(name):
-            _check_data(name, str(given[name]), given)
+            _check_data(name, str(given[name]), bad_rows or bool(int(given.get("skip_bad_rows") or 0)))
 
 
 def _check_model(option: str, name: str) -> None:
@@ -51,7 +53,7 @@ def _check_model(option: str, name: str) -> None:
     check_id(option, name, "model")
 
 
-def _check_data(option: str, name: str, given: Mapping[str, Any]) -> None:
+def _check_data(option: str, name: str, bad_rows: bool) -> None:
     """The beginning of files of text, the existence of others, or the id of a data set."""
     path, base = Path(name), name.partition("?")[0]
     if name.startswith(generated.PREFIX) or Path(base).is_dir():
@@ -61,7 +63,7 @@ def _check_data(option: str, name: str, given: Mapping[str, Any]) -> None:
             return
         first = list(islice(sources.records(name), ROWS))
         for one in first:
-            if one.error is not None and not int(given.get("skip_bad_rows") or 0):
+            if one.error is not None and not bad_rows:
                 raise ValueError(one.error)
         if not first:
             raise ValueError(f"data: expected at least one row in {name}, got none")
