@@ -43,6 +43,9 @@ class LLMEngine:
     def add_request(self, number: str, prompt: dict[str, list[int]], params: SamplingParams) -> None:
         self.waiting.append((number, prompt["prompt_token_ids"], params))
 
+    def abort_request(self, numbers: list[str]) -> None:
+        self.waiting = [one for one in self.waiting if one[0] not in numbers]
+
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting)
 

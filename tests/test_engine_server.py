@@ -15,6 +15,7 @@ from opsd_train.engines.base import EngineError
 from opsd_train.engines.hf import HFEngine
 from opsd_train.engines.table import ENGINES, Kind
 from opsd_train.rollouts import Sampling, generate
+from opsd_train.safety.deadline import OutOfTime, within
 from server_engines import GREEDY, PROMPTS, STALL, make, move
 
 
@@ -79,6 +80,16 @@ def test_a_request_leaves_nothing_to_the_models_generation_defaults(server, tmp_
     assert settings["stop_token_ids"] == list(engine.vocabulary.eos_ids)
     assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.9, 0.8, 7)
     assert "seed" not in settings  # vLLM on a CPU has none
+
+
+def test_after_a_deadline_others_are_written(server, tmp_path):
+    student = tiny_model()
+    engine = make(server.url, tmp_path, student)
+    engine.follow(0)
+    with within(1e-9), pytest.raises(OutOfTime):
+        engine.write(PROMPTS, GREEDY, (0,))
+    written = engine.write(PROMPTS, GREEDY, (0,))
+    assert [one.tokens for one in written] == generate(student, PROMPTS, GREEDY, engine.vocabulary, (0,))
 
 
 def test_a_server_with_a_gpu_is_told_seeds(server, tmp_path):

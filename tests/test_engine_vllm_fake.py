@@ -17,6 +17,7 @@ from opsd_train.engines import agreement
 from opsd_train.engines.base import Completion, EngineError
 from opsd_train.engines.vllm import VLLMEngine
 from opsd_train.rollouts import Sampling, Vocabulary
+from opsd_train.safety.deadline import OutOfTime, within
 
 PROMPTS = [(3, 4), (5, 6, 7), (8,)]
 SENT = ["reload_weights", "reset"]
@@ -62,6 +63,17 @@ def test_finished_requests_are_told(behaviour: Behaviour, tmp_path: Path) -> Non
     with one.telling(told.append, SAMPLING):
         one.write(PROMPTS, SAMPLING, (0, 0))
     assert told == [f"sampled, {done} of 3 completions" for done in (1, 2, 3)]
+
+
+def test_after_a_deadline_others_are_written(behaviour: Behaviour, tmp_path: Path) -> None:
+    one = engine(tmp_path)
+    one.follow(0)
+    with within(1e-9), pytest.raises(OutOfTime):
+        one.write(PROMPTS, SAMPLING, (0, 0))
+    written = one.write(PROMPTS[:2], SAMPLING, (0, 0))
+    assert written == [Completion((5, 5, 5, 1), (LOGPROB,) * 4)] * 2
+    asked = [call[1] for call in behaviour.calls if call[0] == "write"]
+    assert asked == [[8], [5, 6, 7], [3, 4]]  # the two that were not written yet are forgotten
 
 
 def test_what_vllm_is_started_with(behaviour: Behaviour, tmp_path: Path) -> None:

@@ -244,6 +244,10 @@ def test_mistakes_of_opsd_eval_are_one_message(model: Path, rows: Path, tmp_path
         (["--data", rows], "model: expected a model to evaluate; got none"),
         (["--model", model, "--data", rows, "--k", "8"], "eval_k: expected 1 to 1 (eval_samples); got '8'"),
         (["--model", model, "--data", tmp_path / "no.jsonl"], "data: expected a file"),
+        (
+            ["--model", model, "--data", rows, "--eval-seconds", "1e-9"],
+            "eval_seconds: expected an evaluation of",
+        ),
     ]:
         code, output = invoke("eval", *arguments, *GIVEN, "--out", tmp_path / "out")
         assert code == 2, output

@@ -40,7 +40,7 @@ from opsd_train.safety.lock import FolderLock
 from opsd_train.trainer import OPSDTrainer
 from opsd_train.watch import trackers
 from opsd_train.watch.inspection import inspect_rollouts
-from opsd_train.watch.journal import Journal
+from opsd_train.watch.journal import CutOffCallback, Journal
 from opsd_train.watch.meter import peak_memory_gb
 from opsd_train.watch.progress import RecordCallback, accuracy_table, doing, make_progress, say
 from opsd_train.watch.record import RunRecord, load_run
@@ -177,7 +177,7 @@ def run(
             return None
         journal.end(trainer.state, peak_memory_gb=peak_memory_gb(trainer.args.device))
         found = load_run(folder).evaluations
-        if found:
+        if len(found) > 1:  # one of the two may have been cut off
             console.print(accuracy_table(found[0], found[-1]))
         return write_report(folder)
 
@@ -226,6 +226,7 @@ def _train(trainer: OPSDTrainer, journal: Journal | None, console: Console) -> N
     if journal is not None:
         written = journal.written
         trainer.add_callback(RecordCallback(written))
+        trainer.add_callback(CutOffCallback(journal))
         trainer.add_callback(progress := make_progress(console))
         if not console.is_terminal:
             say(console, f"{trainer.args.max_steps:,} steps, {trainer.args.device}")
@@ -258,7 +259,8 @@ def look(trainer: OPSDTrainer, written: RunRecord | None, console: Console) -> N
     what = f"{len(trainer.held_out):,} held-out problems" if trainer.held_out else "a few rollouts"
     with doing(console, f"step {step}: evaluating {what}") as told:
         trainer.told = told
-        if trainer.held_out and not trainer.ranks.any(is_known(written, step)):
+        tried = trainer.cut_off_at == step or trainer.ranks.any(is_known(written, step))
+        if trainer.held_out and not tried:
             trainer.evaluate()
         if (
             trainer.stored is not None or not trainer.teacher.is_whole

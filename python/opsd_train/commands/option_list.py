@@ -27,7 +27,7 @@ GROUPS = {
     "Training": "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
     "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim gradient_checkpointing "
     "bf16 seed use_cpu fsdp deepspeed max_bad_steps private subnetwork subnetwork_share extrapolate",
-    "Evaluation": "eval_strategy eval_steps eval_match verifier eval_samples eval_k "
+    "Evaluation": "eval_strategy eval_steps eval_match verifier eval_samples eval_k eval_seconds "
     "per_device_eval_batch_size",
     "Saving and logging": "output_dir resume_from_checkpoint save_strategy save_steps save_total_limit "
     "logging_ report_to run_name mass_top_k rollouts_recorded save_completions_every",

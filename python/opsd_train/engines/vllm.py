@@ -22,6 +22,7 @@ from opsd_train.engines.watchdog import Beat, Watchdog, end_processes
 from opsd_train.engines.weights import Named, Sent, tied_head, weight_bytes, weights_of, whole
 from opsd_train.rollouts import Sampling, Vocabulary, until_end
 from opsd_train.safety import stops
+from opsd_train.safety.deadline import OutOfTime
 from opsd_train.safety.stops import Stopped
 from opsd_train.sharding import gathered
 
@@ -141,6 +142,7 @@ class VLLMEngine(Engine):
 
         Raises:
             Stopped: a signal asked for it, see `stops`.
+            OutOfTime: a deadline has passed; what was under way is dropped.
         """
         self._check(prompts, sampling)
         if self._asleep and self.config.vllm_sleep_level == 2:
@@ -156,14 +158,18 @@ class VLLMEngine(Engine):
         for index, prompt in enumerate(prompts):
             engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
         found: dict[str, Completion] = {}
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    found[output.request_id] = self._completion(output.outputs[0])
-            beat()
-            if self.tell is not None:
-                self.tell(Advance(len(found), len(prompts)))
-            stops.check()
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        found[output.request_id] = self._completion(output.outputs[0])
+                beat()
+                if self.tell is not None:
+                    self.tell(Advance(len(found), len(prompts)))
+                stops.check()
+        except OutOfTime:  # the engine goes on with others
+            engine.abort_request([str(index) for index in range(len(prompts)) if str(index) not in found])
+            raise
         if len(found) != len(prompts):
             raise EngineError(f"rollouts: expected {len(prompts)} completions of vLLM, got {len(found)}")
         return [found[str(index)] for index in range(len(prompts))]
@@ -261,6 +267,8 @@ class VLLMEngine(Engine):
         try:
             with self.watchdog.watching(what, seconds) as beat:
                 yield beat
+        except OutOfTime:
+            raise
         except BaseException as error:
             self._broken = f"it failed while {what}"
             if isinstance(error, EngineError | Stopped) or not isinstance(error, Exception):

@@ -14,6 +14,7 @@ from opsd_train.evaluation.matched import missed
 from opsd_train.evaluation.verify import Verifier
 from opsd_train.reading.prompts import Prompt
 from opsd_train.rollouts import Rollout, Sampling
+from opsd_train.safety.deadline import OutOfTime, within
 
 TRAINING, EVALUATION = 0, 1  # the streams that random numbers are drawn from
 
@@ -30,6 +31,7 @@ class Examined(Trainer):
     engine_behind: bool
     engine: Engine
     was_evaluated = False
+    cut_off_at: int | None = None  # the step of an evaluation that its deadline ended
     told: Callable[[str], None] | None = None  # hears how far an evaluation has come
 
     def roll_out(
@@ -44,14 +46,28 @@ class Examined(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Greedy and sampled accuracy of the student and pass@k, with their 95 % intervals."""
+        """Greedy and sampled accuracy of the student and pass@k, with their 95 % intervals.
+
+        After `eval_seconds` it is given up, with the metric `eval_cut_off_seconds` and no other. Several
+        processes do so together inside `stops.watched`, as in a run.
+        """
         start = time.perf_counter()
-        found = self.examine(self.held_out if eval_dataset is None else eval_dataset)
+        try:
+            with within(self.config.eval_seconds):
+                found = self.examine(self.held_out if eval_dataset is None else eval_dataset)
+        except OutOfTime:
+            return self._cut_off({f"{metric_key_prefix}_cut_off_seconds": time.perf_counter() - start})
         self._warn_of_match(found)
         metrics = to_metrics(found.evaluation(self.state.global_step), metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _cut_off(self, metrics: dict[str, float]) -> dict[str, float]:
+        self.cut_off_at = self.state.global_step
+        self.control.should_evaluate = False  # as after one that is whole
+        self.log(metrics)
         return metrics
 
     def examine(self, prompts: Sequence[Prompt]) -> Findings:

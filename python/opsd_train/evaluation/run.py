@@ -32,6 +32,7 @@ from opsd_train.rollouts import Rollout, Sampling, Vocabulary
 from opsd_train.run_folder import INFO, check_folder, of_output
 from opsd_train.run_folder import MODEL as TRAINED
 from opsd_train.run_options import RunOptions
+from opsd_train.safety.deadline import OutOfTime, within
 from opsd_train.watch.completions import FOLDER, to_rows, write_parquet
 from opsd_train.watch.progress import doing, interval, intervals
 from opsd_train.watch.record import Evaluation
@@ -194,7 +195,13 @@ def _hold(
     try:
         engine.follow(0)
         exam = Exam(config.to_judge(), tokenizer, sampling, config.eval_samples, config.to_ks())
-        return exam.hold(write, prompts), engine.versions
+        with within(config.eval_seconds):
+            return exam.hold(write, prompts), engine.versions
+    except OutOfTime:
+        raise ValueError(
+            f"eval_seconds: expected an evaluation of at most {config.eval_seconds:g} s; it takes longer, "
+            "and nothing is written"
+        ) from None
     finally:
         engine.close()
 

@@ -16,6 +16,7 @@ from opsd_train.json_files import write_atomically
 from opsd_train.report import charts, highlight
 from opsd_train.report.stack import stacked
 from opsd_train.report.worst import worst
+from opsd_train.watch.journal import cut_offs
 from opsd_train.watch.record import Accuracy, Evaluation, Run, load_run
 from opsd_train.watch.trends import is_clipped, trends
 
@@ -42,7 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
         banner=banner(run),
         verdict=verdict(run),
         clips=_of_clips(run),
-        trends=trends(run.metrics, run.evaluations),
+        trends=[*trends(run.metrics, run.evaluations), *cut_offs(run.info)],
         facts=_facts(run),
         problems=run.problems,
         accuracy=_accuracy_rows(run.evaluations),

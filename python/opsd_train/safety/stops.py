@@ -9,7 +9,8 @@ process as they always did.
 
 Ranks stop together, wherever the signal arrived: they agree by an all-reduce at points that all of them
 reach. While one of them writes a long rollout it hears of the others' signals from the process group's store,
-which is asked once a second and needs nobody to wait.
+which is asked once a second and needs nobody to wait. An evaluation whose `deadline` has passed is left at
+the same points, by all ranks together, and the run goes on.
 """
 
 import os
@@ -35,9 +36,11 @@ from transformers import (
 )
 
 from opsd_train.engines.base import EngineError
+from opsd_train.safety.deadline import OutOfTime, is_over
 from opsd_train.safety.keep import BadSteps, LastStep
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LATE = 1  # what a rank says whose evaluation took too long; below every signal that is watched
 ASK_EVERY = 1.0  # seconds between two looks into the store
 FAILED = 1 << 16  # what a rank says whose engine failed; above every signal
 
@@ -85,6 +88,7 @@ class _Watch:
         self.signum: int | None = None  # received here, or heard of
         self.agreed: int | None = None  # that all ranks know of
         self.failure = False  # of an engine, that all ranks know of
+        self.late = False  # an evaluation, of which all ranks know
         self.deferrals = 0
         self._told, self._asked = False, 0.0
         # Not public, but the only channel between ranks on which nobody waits for anybody.
@@ -115,17 +119,18 @@ class _Watch:
                     self.signum, self._told = int(self._store.get(self.key)), True
         return self.signum
 
-    def agree(self, failed: bool = False) -> int | None:
+    def agree(self, failed: bool = False, late: bool = False) -> int | None:
         """The signal that any rank received; every rank has to ask, and gets the same answer.
 
         Args:
             failed: this rank's engine did; then `failure` is set on all of them.
+            late: this rank has left an evaluation; then, if nothing else happened, so is `late`.
         """
-        found = FAILED if failed else self.heard() or 0
+        found = FAILED if failed else self.heard() or LATE * late
         if self._many():
             found = self.most(found)
-        self.failure = found == FAILED
-        self.agreed = None if self.failure else found or None
+        self.failure, self.late = found == FAILED, found == LATE
+        self.agreed = None if self.failure or self.late else found or None
         return self.agreed
 
     def is_common(self, error: Exception) -> bool:
@@ -154,18 +159,21 @@ def requested() -> int | None:
 
 
 def check() -> None:
-    """Raise Stopped if a signal asked for it; within `agreed` only."""
+    """Raise Stopped if a signal asked for it, OutOfTime after a deadline; within `agreed` only."""
     signum = requested()
     if signum is not None:
         raise Stopped(signum)
+    if is_over():
+        raise OutOfTime
 
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """All ranks run what is inside, and one that is told to stop may leave it early by Stopped.
+    """All ranks run what is inside; one that is told to stop, or is late, may leave it early by `check`.
 
     Raises:
         Stopped: on all ranks alike, before or afterwards.
+        OutOfTime: on all ranks alike, if one of them left it so.
         EngineError: on all ranks alike, if it came up in one of them.
     """
     watch = _watch
@@ -175,16 +183,21 @@ def agreed() -> Iterator[None]:
     if watch.agreed is not None:
         raise Stopped(watch.agreed)
     failure: EngineError | None = None
+    late = False
     try:
         with suppress(Stopped):  # the other ranks have to hear of it first
             yield
+    except OutOfTime:
+        late = True
     except EngineError as error:
         failure = error
-    signum = watch.agree(failure is not None)
+    signum = watch.agree(failure is not None, late)
     if watch.failure:
         raise failure or EngineError("rollouts: the engine of another process failed, which says why")
     if signum is not None:
         raise Stopped(signum)
+    if watch.late:
+        raise OutOfTime
 
 
 @contextmanager
@@ -202,11 +215,12 @@ def deferred() -> Iterator[None]:
 
 
 class StopRequested(StoppingCriteria):
-    """Ends `generate` for all rows once a signal has asked for it."""
+    """Ends `generate` for all rows once a signal has asked for it, or a deadline has passed."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """[rows] bool."""
-        return torch.full((len(input_ids),), requested() is not None, device=input_ids.device)
+        ends = requested() is not None or is_over()
+        return torch.full((len(input_ids),), ends, device=input_ids.device)
 
 
 class StopCallback(TrainerCallback):

@@ -23,11 +23,22 @@ class WatchConfig:
     eval_samples: int = option(1, "Completions sampled per held-out row in an evaluation.")
     eval_k: str | None = option(None, "Estimate pass@k for these k, say 1,4,8; None is 1 and `eval_samples`.")
 
+    eval_seconds: float = option(
+        0.0, "Give an evaluation up after so many seconds, without a result, and train on; 0 is never."
+    )
+
     def check_watch(self) -> None:
         """ValueError for an option that is out of range, and for a tracker that is not installed."""
-        for name, least in (("mass_top_k", 0), ("save_completions_every", 0), ("eval_samples", 1)):
+        numbers = {"mass_top_k": 0, "save_completions_every": 0, "eval_samples": 1, "eval_seconds": 0}
+        for name, least in numbers.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected a number at least {least}, got {getattr(self, name)}")
+        for name in ("metric_for_best_model", "fsdp", "deepspeed"):
+            if self.eval_seconds and getattr(self, name, None):
+                raise ValueError(
+                    f"eval_seconds: expected 0 with {name}, which takes every evaluation to its end; got "
+                    f"{self.eval_seconds:g}"
+                )
         self.to_ks()
         self.to_judge()
         trackers: Any = getattr(self, "report_to", None) or []

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opsd_train.safety.stops import Stopped
 from opsd_train.watch.record import RunRecord, load_run
+
+CUT_OFF = "evaluations_cut_off"  # in run.json
 
 
 class Journal:
@@ -43,10 +45,17 @@ class Journal:
             about = {
                 "started": earlier.info.get("started", now),
                 "resumed": [*earlier.info.get("resumed", []), now],
+                CUT_OFF: [one for one in earlier.info.get(CUT_OFF, []) if one["step"] <= step],
             }
             self.written.rewind(step)
         self.info |= {**about, "seconds": self._spent, "ended": None}
         self.begun = True
+        self.written.write_info(self.info)
+
+    def cut_off(self, step: int, seconds: float) -> None:
+        """An evaluation was given up after these; it counts as one that was not made."""
+        others = [one for one in self.info.get(CUT_OFF, []) if one["step"] != step]
+        self.info[CUT_OFF] = [*others, {"step": step, "seconds": seconds}]
         self.written.write_info(self.info)
 
     def end(self, state: TrainerState, error: BaseException | None = None, **found: Any) -> None:
@@ -61,3 +70,30 @@ class Journal:
         seconds = self._spent + time.perf_counter() - self._start
         self.info |= {"seconds": seconds, **found, "ended": ended}
         self.written.write_info(self.info)
+
+
+class CutOffCallback(TrainerCallback):
+    """Writes down which evaluations were given up."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """At once: the run may be killed."""
+        seconds = (kwargs.get("logs") or {}).get("eval_cut_off_seconds")
+        if seconds is not None:
+            self.journal.cut_off(state.global_step, seconds)
+
+
+def cut_offs(info: Mapping[str, Any]) -> list[str]:
+    """What run.json says of evaluations that were given up, in words."""
+    return [cut_off(one["step"], one["seconds"]) for one in info.get(CUT_OFF) or []]
+
+
+def cut_off(step: int, seconds: float) -> str:
+    """The same of one of them."""
+    return (
+        f"the evaluation at step {step:,} was cut off after {seconds:,.0f} s (--eval-seconds), without result"
+    )

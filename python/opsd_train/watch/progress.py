@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from opsd_train.evaluation.examine import from_metrics
 from opsd_train.evaluation.passk import Interval
+from opsd_train.watch.journal import cut_off
 from opsd_train.watch.phases import PHASES
 from opsd_train.watch.record import Accuracy, Evaluation, RunRecord
 
@@ -119,6 +120,7 @@ class LineCallback(TrainerCallback):
         if "loss" in logs:
             spent = "{seconds:,.0f} s".format(seconds=logs.get("seconds", 0.0))
             say(self.console, "  ".join([f"step {state.global_step}/{state.max_steps}", *shown(logs), spent]))
+        _say_cut_off(self.console, logs, state.global_step)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +177,8 @@ class ProgressCallback(TrainerCallback):
             spent = [text.format(logs[key]) for key, text in TIMES.items() if logs.get(key, 0) >= 0.005]
             self.bar.below = f"s/step: {'  '.join(spent)}" if spent else ""
             self.bar.update(self.task, description="  ".join(shown(logs)))
+        if _say_cut_off(self.bar.console, logs, state.global_step):
+            self.bar.below = ""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,6 +217,14 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Write an evaluation."""
         self.record.add_evaluation(from_metrics(kwargs["metrics"], state.global_step))
+
+
+def _say_cut_off(console: Console, logs: Mapping[str, float], step: int) -> bool:
+    """Say that an evaluation was given up, if the logs have it."""
+    seconds = logs.get("eval_cut_off_seconds")
+    if seconds is not None:
+        say(console, f"warning: {cut_off(step, seconds)}")
+    return seconds is not None
 
 
 def _evaluated(metrics: Mapping[str, float], step: int) -> str:
