@@ -83,8 +83,8 @@ def loss(
             as a mask's are (unless `rows` says which count). Or a function of `TokenStats` that returns the
             factors, called between statistics and gradient with `[C]` tensors for one chunk of tokens after
             another: it must treat tokens independently. For weights that need the whole batch call
-            `token_stats` first. What it returns is a constant tensor of floats, and finite at tokens that
-            count, which is looked at on a CPU alone: a GPU would have to be waited for.
+            `token_stats` first. What it returns is a constant tensor of floats. Either is finite at tokens
+            that count, which is looked at on a CPU alone: a GPU would have to be waited for.
         token_ids: int `[...]`, the sampled tokens, for estimators and for the statistics that a
             `token_weight` function sees.
         support_ids: int `[..., K]`, the entries of a `Support` that is `"given"`; -1 for none.

@@ -58,6 +58,7 @@ def check_tokens(options: Any, student: Source) -> None:
     _check_row_indices(options.rows, options.mask, lead, device)
     if not callable(options.token_weight):
         check_rows("token_weight", options.token_weight, lead, device, FLOATS)
+        _check_finite("token_weight", _that_count(options.token_weight, lead, options))
     check_rows("token_ids", options.token_ids, lead, device, IDS)
     check_scale("temperature", options.temperature)
     check_reduction(options.reduction, options.denominator)
@@ -98,7 +99,14 @@ def check_weights(name: str, weights: Tensor, stats: TokenStats, live: Tensor | 
     if not readable(weights):
         return
     check_ids_known(name, weights if live is None else torch.where(live, weights, 0.0), stats)
-    wrong = ~weights.isfinite() if live is None else ~weights.isfinite() & live
+    _check_finite(name, weights if live is None else torch.where(live, weights, 0.0))
+
+
+def _check_finite(name: str, weights: Tensor | None) -> None:
+    """Factors of tokens that count are finite; looked at on a CPU alone, since a GPU would be waited for."""
+    if weights is None or not readable(weights):
+        return
+    wrong = ~weights.isfinite()
     if wrong.any():
         raise ValueError(f"{name}: expected finite factors of the tokens; got {weights[wrong][0].item()}")
 
@@ -116,7 +124,7 @@ def check_ids_known(name: str, weights: Tensor, stats: TokenStats) -> None:
 
 
 def _that_count(ids: Tensor | None, lead: torch.Size, options: Any) -> Tensor | None:
-    """The ids of the tokens that count; what others have does not matter."""
+    """Ids or weights of the tokens that count; what others have does not matter."""
     if ids is None or not readable(ids):
         return ids
     if options.mask is not None:

@@ -1,6 +1,7 @@
 """What every test of the engine runs under."""
 
 import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,26 @@ import torch
 
 # Triton reads this once, when it is first imported: kernels run in its interpreter, on a CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What fresh random cases are drawn by."""
+    parser.addoption("--fuzz-seed", type=int, help="of the fresh random cases; another one in each run")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for all of Hypothesis, before its plugin reads it; pytest-xdist hands it to its workers."""
+    if config.option.fuzz_seed is None:
+        config.option.fuzz_seed = secrets.randbelow(2**32)
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = config.option.fuzz_seed
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How to draw the same random cases again."""
+    line = f"python -m pytest --fuzz-seed {config.option.fuzz_seed}"
+    terminalreporter.write_line(f"fresh random cases: repeat with {line}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from definitions import objective_of
+from fuzzing import fuzz
 from opsd_kernels import Hidden, Logits, LogLinear, Mixture, Routed, Support, loss
 from opsd_kernels.divergences import table
 from opsd_kernels.engine import packing
@@ -67,8 +67,7 @@ def skeleton(x: Any) -> Any:
     return [skeleton(y) for y in x] if isinstance(x, list | tuple) else x
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(plain_source, teachers, options)
+@fuzz(150, plain_source, teachers, options)
 def test_packing_loses_nothing(student: Any, teacher: Any, packed: packing.Options) -> None:
     text = packing.pack(student, teacher, packed)
     found = packing.unpack(text, student.tensors, teacher.tensors)

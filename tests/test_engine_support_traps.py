@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from definitions import exactly, objective_of
+from fuzzing import fuzz
 from opsd_kernels import Logits, Objective, Support, loss
 from opsd_kernels.divergences import table
 from opsd_kernels.objectives import OWNERS, RESTS
@@ -215,8 +215,8 @@ def _drawn(n: int, vocab: int, objective: Objective, gap: float, seed: int, **op
     return case
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
+@fuzz(
+    100,
     n=st.integers(1, 5),
     vocab=st.integers(1, 30),
     objective=objectives,
@@ -231,8 +231,8 @@ def test_any_support(n: int, vocab: int, objective: Objective, gap: float, reduc
     torch.testing.assert_close(actual.gradients["z"], expected.gradients["z"], rtol=1e-8, atol=1e-13)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
+@fuzz(
+    30,
     n=st.integers(1, 2),
     vocab=st.integers(1, 40),
     objective=objectives,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels import TokenStats, loss, ops
+from opsd_kernels import Logits, TokenStats, loss, ops
 from opsd_kernels.objectives import Objective
 from opsd_kernels.recipes import Entropy, Recipe, Term
 from opsd_kernels.testing import hidden_case, hidden_sources
@@ -73,3 +73,21 @@ def test_no_function_is_held_after_the_call(how: str, right: bool) -> None:
         with pytest.raises(ZeroDivisionError):
             _call(lambda s: 1 / 0, True, **HOW[how])
     assert ops._weighers == {}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("how", ["mask", "rows", "all"])
+def test_a_tensor_of_weights_is_finite_where_tokens_count(how: str, reduction: str, value: float) -> None:
+    z = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    live = torch.tensor([True, True, False, True])
+    which = {"mask": {"mask": live}, "rows": {"rows": live.nonzero().flatten()}, "all": {}}[how]
+    weights = torch.ones(4)
+    weights[1] = value
+    with pytest.raises(ValueError, match=r"^token_weight: expected finite factors.*got (nan|inf)"):
+        loss(Logits(z), Logits(z.flip(0)), token_weight=weights, reduction=reduction, **which)
+    if how != "all":
+        expected = loss(Logits(z), Logits(z.flip(0)), token_weight=torch.ones(4), reduction="sum", **which)
+        weights = torch.where(live, 1.0, value)
+        actual = loss(Logits(z), Logits(z.flip(0)), token_weight=weights, reduction="sum", **which)
+        assert actual.item() == expected.item()

@@ -1,14 +1,14 @@
-"""2,000 random calls of the Triton row functions in the interpreter, the same ones in every run."""
+"""2,000 random calls of the Triton row functions in the interpreter, a quarter of them fresh in every run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from definitions import objective_of
+from fuzzing import fuzz
 from opsd_kernels import Objective, Support
 from opsd_kernels.backends.triton import tiles
 from opsd_kernels.divergences import table
@@ -136,15 +136,7 @@ draws = st.builds(
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=2000,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(draw=draws)
+@fuzz(2000, draw=draws)
 def test_any_call(draw: Draw) -> None:
     tiles.DEFAULT = tiles.Tiles(block=draw.block, splits=draw.splits)
     rows, memory = draw.rows()

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuzzing import fuzz
 from opsd_kernels.backends.triton.paired import (
     PLAIN,
     TILE,
@@ -180,8 +180,8 @@ def test_no_rows() -> None:
     assert dense(tiled.student).shape == (0, 40)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
+@fuzz(
+    100,
     rows=st.integers(1, 9),
     vocab=st.integers(1, 50),
     width=st.integers(1, 40),
