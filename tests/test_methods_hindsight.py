@@ -78,7 +78,7 @@ def test_sleep(beta: float, reward: float) -> None:
 
 def test_systems_out_of_scope_have_a_reason_and_no_entry() -> None:
     systems = methods.out_of_scope.OUT_OF_SCOPE
-    assert len(dict(systems)) == len(systems) == 19
+    assert len(dict(systems)) == len(systems) == 23
     for name, reason in systems:
         assert name not in methods.names()
         assert reason.endswith(".")
