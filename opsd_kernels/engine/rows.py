@@ -78,11 +78,12 @@ def clipped_fraction(positive: Tensor, kept: Tensor, loss: Tensor, objective: Ob
 
     Args:
         positive: sum of the positive signed terms.
-        kept: the same with each term at most `entry_clip`.
+        kept: the same with each term at most `entry_clip`; not read without one.
         loss: the divergence before `token_clip`.
         objective: whose clips are meant.
     """
     final = clip_tokens(loss, objective)[0]
+    kept = positive if objective.entry_clip is None else kept
     if objective.support is None or objective.support.is_whole:
         return share_removed(loss + (positive - kept), final)
     # The signed terms of a part of the vocabulary may sum to less than 0, which has no shares.

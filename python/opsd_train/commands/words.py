@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from opsd_train.commands.presets import Preset, preset
-from opsd_train.data.strict import StrictLoader
+from opsd_train.data.strict import load_yaml
 
 COMMAND_LINE = "command line"
 WORDS_OF_BOOL = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
@@ -115,7 +115,7 @@ def place_of(config: Path | Preset) -> str:
 
 def _from_yaml(path: Path) -> Mapping[Any, Any]:
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        found = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config: expected a YAML file at {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

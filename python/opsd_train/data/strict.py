@@ -28,8 +28,17 @@ def repeated_line(text: str) -> int:
             return text.count("\n", 0, at) + 1
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML's plain types. An error of YAML, with the line, for a key that comes twice."""
+def load_yaml(text: str) -> Any:
+    """A document of plain types. An error of YAML, with the line, for a key that comes twice."""
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's plain types, each key once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""
